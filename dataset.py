@@ -1,0 +1,595 @@
+"""From a captions file and a folder of photographs to batches: reading, splitting, decoding, cropping, sampling.
+
+Images travel as uint8 and are normalised on the device; captions are tokenised once and padded to the batch.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import os
+import random
+import re
+import shutil
+import signal
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask the network at import
+
+import albumentations as A
+import cv2
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from config import InputError
+
+CAPTION_FILES = ("captions.txt", "captions.csv", "Flickr8k.token.txt")
+GHOST_IMAGES = {"2258277193_586949ec62.jpg.1"}  # in Flickr8k.token.txt with five captions, in no archive
+MAX_WORDS = 1000  # a longer "caption" is a quote that was never closed
+SPLIT_FILES = {"train": "*trainImages.txt", "validation": "*devImages.txt", "test": "*testImages.txt"}
+SIDED = re.compile(r"\b(left|right)\b", re.IGNORECASE)
+FLICKR8K_HELP = (
+    "Flickr8k is on Kaggle (search for 'flickr 8k dataset'): unpack it and give "
+    "--image_path .../Images --captions_path .../captions.txt. "
+    "To try the program without it: python main.py --preset demo"
+)
+
+
+# ---- captions ---------------------------------------------------------------------------------------------------
+
+
+def find_captions_file(path):
+    """The captions file at `path`, which may be the file itself or the folder that holds it."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        for name in CAPTION_FILES:
+            if (path / name).is_file():
+                return path / name
+        raise InputError(f"captions_path is {path}, a folder without {', '.join(CAPTION_FILES)}. {FLICKR8K_HELP}")
+    raise InputError(f"captions_path is {path}, which does not exist. {FLICKR8K_HELP}")
+
+
+def read_captions(path):
+    """The captions as a DataFrame with the columns `image` and `caption`, one row per pair.
+
+    Reads a CSV with a header that names `image` and `caption` (Kaggle's captions.txt), or lines of
+    `name.jpg#0<TAB>caption` (the original Flickr8k.token.txt); the first line tells which. Raises InputError.
+    """
+    path = find_captions_file(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as UTF-8 text ({error})") from None
+    if not text.strip():
+        raise InputError(f"{path} is empty: it should hold `image,caption` lines")
+    header = next(csv.reader([text.lstrip().splitlines()[0]]))
+    names = [name.strip().lower() for name in header]
+    if "image" in names and "caption" in names:
+        rows = read_csv_rows(path, text, names)
+    elif re.match(r"\S+#\d+\t", text.lstrip()):
+        rows = read_token_rows(path, text)
+    else:
+        raise InputError(
+            f"{path} starts with {header[:4]}: it should start with a header that names the columns `image` and "
+            "`caption`, or hold lines of `name.jpg#0<TAB>caption`"
+        )
+    frame = pd.DataFrame(check_rows(path, rows), columns=["image", "caption"])
+    if frame.empty:
+        raise InputError(f"{path} holds no captions")
+    return frame
+
+
+def read_csv_rows(path, text, names):
+    image_column, caption_column = names.index("image"), names.index("caption")
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header_seen = False
+    try:
+        for row in reader:
+            if not row:
+                continue
+            if not header_seen:
+                header_seen = True
+                continue
+            if len(row) != len(names):
+                raise InputError(
+                    f"{path} line {reader.line_num}: {len(row)} columns instead of {len(names)}; "
+                    "a caption with a comma needs quotes around it"
+                )
+            yield reader.line_num, row[image_column], row[caption_column]
+    except csv.Error as error:
+        raise InputError(f"{path} line {reader.line_num} cannot be read as CSV ({error})") from None
+
+
+def read_token_rows(path, text):
+    for number, line in enumerate(io.StringIO(text), 1):
+        if line.strip():
+            name, tab, caption = line.partition("\t")
+            if not tab:
+                raise InputError(f"{path} line {number}: no tab between the image's name and the caption")
+            yield number, name.rsplit("#", 1)[0], caption
+
+
+def check_rows(path, rows):
+    """Stripped (image, caption) pairs, without blank captions and the known ghost of Flickr8k; raises InputError."""
+    pairs, blank = [], {}
+    for number, image, caption in rows:
+        image, caption = image.strip(), " ".join(caption.split())
+        if image in GHOST_IMAGES:
+            continue
+        if is_outside(image):
+            raise InputError(f"{path} line {number}: the picture name {image!r} does not lie inside the image folder")
+        if not caption:
+            blank.setdefault(image, number)
+            continue
+        if caption.count(" ") >= MAX_WORDS:
+            raise InputError(
+                f"{path} line {number}: a caption of {caption.count(' ') + 1:,} words (at most {MAX_WORDS:,}); "
+                "is a quote left open?"
+            )
+        pairs.append((image, caption))
+    without = sorted(set(blank) - {image for image, _ in pairs})
+    if without:
+        more = f" ({len(without) - 1} more images have none)" if len(without) > 1 else ""
+        raise InputError(f"{path} line {blank[without[0]]}: image {without[0]!r} has no caption{more}")
+    return pairs
+
+
+def is_outside(name):
+    """True if a picture's name is empty, absolute or climbs out of its folder, on any operating system."""
+    windows = PureWindowsPath(name)
+    return not name or bool(windows.drive or windows.root) or ".." in windows.parts or PurePosixPath(name).is_absolute()
+
+
+# ---- splits -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Pairs:
+    """The (image, caption) pairs of one split, an image's captions side by side.
+
+    `image_index[j]` is the image of caption j; the captions of image i are first[i] .. first[i + 1] - 1.
+    """
+
+    files: list[Path]
+    captions: list[str]
+    image_index: np.ndarray
+    first: np.ndarray
+
+    @property
+    def names(self):
+        return [file.name for file in self.files]
+
+
+def make_pairs(frame, folder, names=None):
+    """The `Pairs` of the images named (default: every image of the frame), in that order."""
+    groups = frame.groupby("image", sort=False)["caption"].agg(list)
+    names = list(groups.index) if names is None else names
+    lists = [groups[name] for name in names]
+    counts = np.array([len(captions) for captions in lists], dtype=np.int64)
+    return Pairs(
+        files=[Path(folder) / name for name in names],
+        captions=[caption for captions in lists for caption in captions],
+        image_index=np.repeat(np.arange(len(names)), counts),
+        first=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+    )
+
+
+def split_images(images, folder, seed):
+    """Image names by split: {"train": [...], "validation": [...], "test": [...]}; a split is by image.
+
+    Official split files (`*trainImages.txt`, `*devImages.txt`, `*testImages.txt`) in `folder` say which images are
+    theirs. Without any, a seeded 80/10/10. With some: images in no list train if the training list is missing and
+    are left out otherwise; missing validation images are a tenth of the training images; a missing test list
+    leaves the test split empty. Raises InputError.
+    """
+    listed = read_split_files(images, folder)
+    order = np.random.default_rng(seed).permutation(sorted(images)).tolist()
+    if not listed:
+        tenth = len(order) // 10
+        return {"train": order[2 * tenth :], "validation": order[tenth : 2 * tenth], "test": order[:tenth]}
+    if "train" not in listed:
+        taken = {name for names in listed.values() for name in names}
+        listed["train"] = [name for name in order if name not in taken]
+    if "validation" not in listed:
+        train = [name for name in order if name in set(listed["train"])]
+        listed["validation"], listed["train"] = train[: len(train) // 10], train[len(train) // 10 :]
+    return {split: listed.get(split, []) for split in SPLIT_FILES}
+
+
+def read_split_files(images, folder):
+    known, listed, seen = set(images), {}, {}
+    for split, pattern in SPLIT_FILES.items():
+        for path in sorted(Path(folder).glob(pattern))[:1]:
+            names = list(dict.fromkeys(path.read_text(encoding="utf-8-sig").split()))
+            unknown = [name for name in names if name not in known]
+            if unknown:
+                more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+                raise InputError(f"{path} names {unknown[0]}{more}, without a caption in the captions file")
+            for name in names:
+                if name in seen:
+                    raise InputError(f"{name} is in two split files, {seen[name]} and {path.name}")
+                seen[name] = path.name
+            listed[split] = names
+    return listed
+
+
+def load_splits(config):
+    """The three splits of the configured data set as {"train": Pairs, ...}; raises InputError."""
+    folder = Path(config.image_path)
+    if not folder.is_dir():
+        raise InputError(f"image_path is {folder}, which is not a folder. {FLICKR8K_HELP}")
+    captions_file = find_captions_file(config.captions_path)
+    frame = read_captions(captions_file)
+    names = list(dict.fromkeys(frame["image"]))
+    splits = split_images(names, captions_file.parent, config.seed)
+    check_files([folder / name for split in splits.values() for name in split])
+    if len(splits["train"]) < 2 or not splits["validation"]:
+        raise InputError(
+            f"{captions_file} gives {len(splits['train'])} training and {len(splits['validation'])} validation "
+            "images: training needs at least 2, validation 1"
+        )
+    if config.batch_size > len(splits["train"]):
+        raise InputError(
+            f"batch_size is {config.batch_size}, but there are {len(splits['train'])} training images: "
+            f"give --batch_size {len(splits['train'])} or less"
+        )
+    return {split: make_pairs(frame, folder, names) for split, names in splits.items()}
+
+
+def check_files(files):
+    """Raise InputError if a picture is missing, naming the first and counting the others."""
+    missing = [file for file in files if not file.is_file()]
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise InputError(f"picture {missing[0]} is missing{more}: is image_path right?")
+
+
+# ---- images -----------------------------------------------------------------------------------------------------
+
+
+def decode_image(file, side):
+    """A picture as (side, side, 3) uint8 RGB: upright, the whole of it, squeezed to a square; raises InputError.
+
+    Nothing is cut off, because captions speak of what stands at the edges.
+    """
+    try:
+        with Image.open(file) as image:
+            image.draft("RGB", (side, side))  # a JPEG is decoded no larger than needed
+            image = ImageOps.exif_transpose(image).convert("RGB")
+            return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC, reducing_gap=2.0))
+    except FileNotFoundError:
+        raise InputError(f"picture {file} is missing") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"picture {file} cannot be read ({error})") from None
+
+
+def stored_side(size):
+    """The side of a stored picture, pixels: a little above the model's, so that training crops lose no detail."""
+    return round(size * 8 / 7)
+
+
+class ImageStore:
+    """Decoded pictures by index, (side, side, 3) uint8; from the cache if one was built, else from the files."""
+
+    def __init__(self, files, side, cache=None):
+        self.files, self.side, self.cache = files, side, cache
+        self.pixels = None  # opened in each process on first use
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, index):
+        if self.cache is None:
+            return decode_image(self.files[index], self.side)
+        if self.pixels is None:
+            self.pixels = np.load(self.cache, mmap_mode="r")
+        return np.asarray(self.pixels[index])
+
+    def __getstate__(self):
+        return {**self.__dict__, "pixels": None}
+
+
+def build_image_cache(files, side, folder, num_workers=4, show_progress=True):
+    """Path of a .npy file with all pictures decoded, (N, side, side, 3) uint8; decodes only if they changed.
+
+    The file's name holds a digest of every picture's name, size and time, so a changed picture asks for a new file;
+    it appears under that name only once it is whole. Raises InputError for unreadable pictures and a full disk.
+    """
+    digest = hashlib.sha256(f"square bicubic {side}".encode())
+    place = hashlib.sha256(json.dumps([side, *map(str, map(Path.resolve, files))]).encode()).hexdigest()[:12]
+    for file in files:
+        stat = file.stat()
+        digest.update(f"{file} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    folder = Path(folder)
+    path = folder / f"images-{place}-{digest.hexdigest()[:16]}.npy"
+    if path.exists():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    needed, free = len(files) * side * side * 3, shutil.disk_usage(folder).free
+    if needed > free:
+        raise InputError(
+            f"the decoded images need {needed / 1e9:.1f} GB in {folder}, where {free / 1e9:.1f} GB are free: "
+            "give another --cache_path, or --cache_images false"
+        )
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        write_image_cache(temporary, files, side, num_workers, show_progress)
+        for old in folder.glob(f"images-{place}-*.npy"):
+            old.unlink()
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def write_image_cache(path, files, side, num_workers, show_progress):
+    pixels = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(len(files), side, side, 3))
+    errors = []
+
+    def decode(index):
+        try:
+            pixels[index] = decode_image(files[index], side)
+        except InputError as error:
+            errors.append((index, str(error)))
+
+    # Threads, not processes: decoding releases the interpreter's lock.
+    with ThreadPoolExecutor(max(1, num_workers)) as pool:
+        results = pool.map(decode, range(len(files)))
+        for _ in tqdm(results, "decoding images", len(files), unit="image", disable=not show_progress):
+            pass
+    if errors:
+        more = f" (and {len(errors) - 1} more pictures)" if len(errors) > 1 else ""
+        raise InputError(min(errors)[1] + more)
+    pixels.flush()
+
+
+class TrainTransform:
+    """Crop, colour jitter and flip of one picture, drawn from a seed alone: (side, side, 3) to (size, size, 3)."""
+
+    def __init__(self, size, crop_scale, color_jitter):
+        steps = []
+        if crop_scale < 1:
+            steps.append(A.RandomResizedCrop(size=(size, size), scale=(crop_scale, 1.0)))
+        else:
+            steps.append(A.Resize(size, size, interpolation=cv2.INTER_AREA))
+        if color_jitter:
+            change = (1 - color_jitter, 1 + color_jitter)
+            # No change of hue: captions name colours.
+            steps.append(A.ColorJitter(change, change, change, hue=(0, 0), p=0.8))
+        self.plain = A.Compose(steps)
+        self.flipping = A.Compose([*steps, A.HorizontalFlip(p=0.5)])
+
+    def __call__(self, image, seed, flip):
+        pipeline = self.flipping if flip else self.plain
+        generator = np.random.default_rng(seed)
+        pipeline.set_random_state(generator, random.Random(int(generator.integers(2**63))))
+        return pipeline(image=image)["image"]
+
+
+def resize_image(image, size):
+    """The evaluation transform: the whole picture, (side, side, 3) to (size, size, 3)."""
+    return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA)
+
+
+def to_tensor(image):
+    """(H, W, 3) uint8 array -> (3, H, W) uint8 tensor; the memory stays channels-last."""
+    return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+
+
+class EvaluationImages(Dataset):
+    """Pictures of a store as the model sees them in evaluation, (3, size, size) uint8."""
+
+    def __init__(self, store, indices, size):
+        self.store, self.indices, self.size = store, indices, size
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, position):
+        return to_tensor(resize_image(self.store[self.indices[position]], self.size))
+
+
+# ---- text -------------------------------------------------------------------------------------------------------
+
+
+class TokenStore:
+    """Captions tokenised once: all ids in one int32 array, caption j at first[j] .. first[j + 1] - 1."""
+
+    def __init__(self, tokenizer, captions, max_length):
+        lists = []
+        for start in range(0, len(captions), 10_000):
+            part = captions[start : start + 10_000]
+            lists += tokenizer(part, truncation=True, max_length=max_length)["input_ids"]
+        counts = np.array([len(ids) for ids in lists], dtype=np.int64)
+        self.first = np.concatenate([[0], np.cumsum(counts)])
+        self.ids = np.fromiter((i for ids in lists for i in ids), dtype=np.int32, count=int(self.first[-1]))
+
+    def __len__(self):
+        return len(self.first) - 1
+
+    def __getitem__(self, caption):
+        return self.ids[self.first[caption] : self.first[caption + 1]]
+
+
+def pad_tokens(token_lists, pad_id):
+    """input_ids and attention_mask, (T, L) int64, padded on the right to the longest of the T captions."""
+    longest = max(len(ids) for ids in token_lists)
+    input_ids = torch.full((len(token_lists), longest), pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros(len(token_lists), longest, dtype=torch.int64)
+    for row, ids in enumerate(token_lists):
+        input_ids[row, : len(ids)] = torch.from_numpy(np.asarray(ids, dtype=np.int64))
+        attention_mask[row, : len(ids)] = 1
+    return input_ids, attention_mask
+
+
+def train_tokenizer(captions, vocab_size=30_000):
+    """A lower-casing WordPiece tokenizer made from the captions alone, so that nothing has to be fetched.
+
+    Its vocabulary is every word that occurs twice or more, the most frequent first, and the single characters that
+    spell the others. (The library's own trainer breaks ties at random: two runs with one seed would differ.)
+    """
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    names = dict(pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]")
+    normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    words = Counter()
+    for caption in captions:
+        words.update(word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(caption)))
+    characters = sorted({character for word in words for character in word})
+    frequent = [word for word, count in sorted(words.items(), key=lambda item: (-item[1], item[0])) if count > 1]
+    pieces = [*names.values(), *characters, *(f"##{character}" for character in characters), *frequent]
+    vocabulary = {piece: number for number, piece in enumerate(list(dict.fromkeys(pieces))[:vocab_size])}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
+    ends = [(name, vocabulary[name]) for name in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+# ---- batches ----------------------------------------------------------------------------------------------------
+
+
+def plan_batches(groups_per_image, batch_size, rng):
+    """Yield the image numbers of each batch of one epoch, an int64 array of distinct images.
+
+    Image i appears in exactly groups_per_image[i] batches. Batches differ in size by one at the most, so none is
+    left nearly empty at the end. An image that still has more groups to show goes first: with equal counts that is
+    one round over all images after another, each in an order of its own.
+    """
+    total, most = int(groups_per_image.sum()), int(groups_per_image.max())
+    number = max(-(-total // batch_size), most)
+    waiting = {level: [] for level in range(most + 1)}  # pieces of images that have `level` groups left
+    for level in range(1, most + 1):
+        waiting[level].append(np.flatnonzero(groups_per_image == level))
+    begun = set()
+    for batch in range(number):
+        size = even_share(total, number, batch)
+        taken = []
+        for level in range(most, 0, -1):
+            if size and waiting[level] and level not in begun:
+                begun.add(level)  # a new round: its images are shuffled once, later arrivals come at its end
+                waiting[level] = [rng.permutation(np.concatenate(waiting[level]))]
+            while size and waiting[level]:
+                images = waiting[level].pop(0)
+                if len(images) > size:
+                    waiting[level].insert(0, images[size:])
+                taken.append((level, images[:size]))
+                size -= len(taken[-1][1])
+        for level, images in taken:
+            waiting[level - 1].append(images)
+        yield np.concatenate([images for _, images in taken])
+
+
+def even_share(total, parts, index):
+    """The size of part `index` when `total` things are divided as evenly as can be."""
+    return (index + 1) * total // parts - index * total // parts
+
+
+class PairSampler:
+    """Micro-batches of (epoch, image, captions) keys; with W processes each one gets every W-th image of a batch.
+
+    One epoch shows every caption once, in groups of `captions_per_image` beside their image. The order depends on
+    the seed and the epoch alone, so an epoch can be entered at any batch (`start`).
+    """
+
+    def __init__(self, pairs, config, rank=0, world_size=1):
+        self.pairs, self.config = pairs, config
+        self.rank, self.world_size = rank, world_size
+        self.epoch, self.start = 0, 0
+        captions = np.diff(pairs.first)
+        self.groups_per_image = -(-captions // config.captions_per_image)
+        self.total = int(self.groups_per_image.sum())
+        self.batches = max(-(-self.total // config.batch_size), int(self.groups_per_image.max()))
+        self.micro_batch_size = config.micro_batch_size or config.batch_size
+
+    def micro_batch_counts(self):
+        """How many micro-batches each batch from `start` on has for this process, a list."""
+        sizes = [even_share(self.total, self.batches, batch) for batch in range(self.start, self.batches)]
+        own = [len(range(self.rank, size, self.world_size)) for size in sizes]
+        return [-(-count // self.micro_batch_size) for count in own]
+
+    def plan(self):
+        """Yield each batch of this process as its list of micro-batches, a list of keys each."""
+        k = self.config.captions_per_image
+        rng = np.random.default_rng([self.config.seed, self.epoch])
+        order = rng.permuted  # an image's captions in an order of their own, each epoch anew
+        captions = [order(np.arange(a, b)) for a, b in zip(self.pairs.first, self.pairs.first[1:], strict=False)]
+        shown = np.zeros(len(captions), dtype=np.int64)
+        micro = self.micro_batch_size
+        for batch in plan_batches(self.groups_per_image, self.config.batch_size, rng):
+            keys = []
+            for image in batch.tolist():
+                group = captions[image][shown[image] * k : (shown[image] + 1) * k]
+                shown[image] += 1
+                keys.append((self.epoch, image, tuple(group.tolist())))
+            keys = keys[self.rank :: self.world_size]
+            yield [keys[i : i + micro] for i in range(0, len(keys), micro)]
+
+    def __iter__(self):
+        for number, batch in enumerate(self.plan()):
+            if number >= self.start:
+                yield from batch
+
+
+class TrainingPairs(Dataset):
+    """Items of a training batch; an image's crop depends on (seed, epoch, image) alone, whoever loads it.
+
+    `image_features` (N, F) or `text_features` (T, F), when given, stand in for what a frozen encoder would compute.
+    """
+
+    def __init__(self, pairs, store, tokens, pad_id, config, image_features=None, text_features=None):
+        self.store, self.tokens, self.pad_id, self.seed = store, tokens, pad_id, config.seed
+        self.image_features, self.text_features = image_features, text_features
+        self.transform = TrainTransform(config.size, config.crop_scale, config.color_jitter)
+        self.sided = np.array([bool(SIDED.search(caption)) for caption in pairs.captions])
+
+    def __getitem__(self, key):
+        epoch, image, captions = key
+        if self.image_features is not None:
+            return self.image_features[image], captions
+        flip = not self.sided[list(captions)].any()  # a mirrored picture would make "left" a lie
+        pixels = self.transform(self.store[image], [self.seed, epoch, image, captions[0]], flip)
+        return to_tensor(pixels), captions
+
+    def collate(self, items):
+        """A micro-batch: B images, their T captions, and image_index (T,), the row of each caption's image."""
+        counts = torch.tensor([len(captions) for _, captions in items])
+        captions = [caption for _, group in items for caption in group]
+        batch = {"image_index": torch.repeat_interleave(torch.arange(len(items)), counts)}
+        batch["images" if self.image_features is None else "image_features"] = torch.stack([x for x, _ in items])
+        if self.text_features is not None:
+            batch["text_features"] = self.text_features[captions]
+        else:
+            ids = [self.tokens[caption] for caption in captions]
+            batch["input_ids"], batch["attention_mask"] = pad_tokens(ids, self.pad_id)
+        return batch
+
+
+def prepare_worker(_):
+    """Loader processes leave Ctrl-C to the main process and do not fight over the cores."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+
+
+def make_loader(dataset, num_workers, pin_memory=False, **options):
+    """A DataLoader that draws nothing from the global random state and keeps its processes between epochs."""
+    return DataLoader(
+        dataset,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
+        worker_init_fn=prepare_worker if num_workers else None,
+        generator=torch.Generator(),
+        **options,
+    )

@@ -1,0 +1,71 @@
+"""Train CLIP: `python main.py` (Flickr8k), `python main.py --preset demo` (no data needed), `python main.py --help`.
+
+The heavy imports wait until the settings are known to be good; loader processes that are spawned (Windows, macOS)
+import this file again and stay light.
+"""
+
+import dataclasses
+import datetime
+from pathlib import Path
+
+from config import InputError, build_config, exit_on_input_error, format_config, parse_flags, read_json
+
+# What may differ when a run is resumed: none of it changes what is learned up to the same epoch.
+MAY_CHANGE = {
+    "run",
+    "resume",
+    "image_path",
+    "captions_path",
+    "cache_path",
+    "cache_images",
+    "num_workers",
+    "epochs",
+    "save_every_minutes",
+}
+
+
+def resolve_config(argv=None):
+    """The settings of this run, its folder included; with --resume, those the run was started with."""
+    given = parse_flags(argv)
+    if given.get("resume"):
+        return resumed_config(given)
+    config = build_config(given)
+    folder = Path(config.run or f"runs/{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}")
+    if (folder / "config.json").exists():
+        raise InputError(f"{folder} already holds a run: give --resume to continue it, or another --run")
+    return dataclasses.replace(config, run=folder.as_posix())
+
+
+def resumed_config(given):
+    folder = Path(given["run"]) if given.get("run") else newest_run()
+    if not (folder / "config.json").exists():
+        raise InputError(f"run is {folder}, which holds no run to resume (no config.json)")
+    saved = read_json(folder / "config.json")
+    for name, value in given.items():
+        if name not in MAY_CHANGE and saved.get(name, value) != value:
+            raise InputError(
+                f"{name} is {value}, but {folder} was started with {saved[name]}: a run keeps its settings"
+            )
+    return build_config({**saved, **given, "run": folder.as_posix()})
+
+
+def newest_run(folder="runs"):
+    runs = sorted(Path(folder).glob("*/config.json"), key=lambda path: path.stat().st_mtime)
+    if not runs:
+        raise InputError(f"no run in {folder}/ to resume: train one with python main.py")
+    return runs[-1].parent
+
+
+@exit_on_input_error
+def main(argv=None):
+    """Train, evaluate on the test split, and leave pictures and numbers in the run's folder."""
+    config = resolve_config(argv)
+    import training
+
+    if training.is_first_process():
+        print(format_config(config), flush=True)
+    training.train(config)
+
+
+if __name__ == "__main__":
+    main()
