@@ -300,7 +300,7 @@ def gather(x, group):
 
 
 def contrastive_backward(model, micro_batches, device, dtype=None, scaler=None):
-    """Add the gradient of the batch's loss, scaled by the `scaler` if any, to the parameters; returns the loss, detached.
+    """Add the gradient of the batch's loss, times the scale of `scaler` if any, to the parameters; returns the loss.
 
     A batch in several micro-batches is encoded twice with gradient caching (Gao et al. 2021, arXiv:2101.06983):
     first without gradient, for the embeddings and the loss's gradient with respect to them; then again with
@@ -355,7 +355,7 @@ def to_device(batch, device):
 
 @contextlib.contextmanager
 def batchnorm_statistics(model, micro_batches, mode):
-    """BatchNorm's running statistics over several micro-batches: "kept" as they are, or moved once by the "averaged".
+    """BatchNorm's running statistics over several micro-batches: "kept", or moved once by their mean ("averaged").
 
     Yields a function to call before each micro-batch.
     """

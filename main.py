@@ -43,9 +43,7 @@ def resumed_config(given):
     saved = read_json(folder / "config.json")
     for name, value in given.items():
         if name not in MAY_CHANGE and saved.get(name, value) != value:
-            raise InputError(
-                f"{name} is {value}, but {folder} was started with {saved[name]}: a run keeps its settings"
-            )
+            raise InputError(f"{name} is {value}, but {folder} was started with {saved[name]}: drop the flag")
     return build_config({**saved, **given, "run": folder.as_posix()})
 
 

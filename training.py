@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -193,12 +194,8 @@ class Trainer:
         for split, pairs in self.splits.items():
             cache = None
             if config.cache_images and pairs.files:
-                show = self.rank == 0
-                cache = first_process_first(
-                    lambda files=pairs.files: build_image_cache(
-                        files, side, config.cache_path, config.num_workers, show
-                    )
-                )
+                place, workers, show = config.cache_path, config.num_workers, self.rank == 0
+                cache = first_process_first(partial(build_image_cache, pairs.files, side, place, workers, show))
             stores[split] = ImageStore(pairs.files, side, cache)
         return stores
 
@@ -213,7 +210,7 @@ class Trainer:
         return features
 
     def encode_split(self, split, encoder, function):
-        """`function` of every picture or caption of a split, on this process's device; the processes share the work."""
+        """`function` of every picture or caption of a split, on the device; the processes share the work."""
         pairs, collate = self.splits[split], None
         number = len(pairs.files) if encoder == "image" else len(pairs.captions)
         block = range(number)[self.rank * number // self.processes : (self.rank + 1) * number // self.processes]
