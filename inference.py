@@ -38,7 +38,8 @@ def run_encoder(function, dataset, device, dtype=None, batch_size=64, num_worker
     """`function` of every batch of a dataset, concatenated, on the device; a progress bar if described."""
     loader = make_loader(dataset, num_workers, batch_size=batch_size, collate_fn=collate)
     results = []
-    with tqdm(total=len(dataset), desc=description, disable=description is None, leave=False) as bar:
+    hidden = description is None or not sys.stderr.isatty()  # short work: in a log file its bar is only noise
+    with tqdm(total=len(dataset), desc=description, disable=hidden, leave=False) as bar:
         for batch in loader:
             parts = batch if isinstance(batch, tuple) else (batch,)
             with autocast(device, dtype):
