@@ -224,7 +224,8 @@ class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, raised as InputError."""
 
     def error(self, message):
-        for unknown in [word for word in message.split() if word.startswith("--")][:1]:
+        words = message.split() if message.startswith("unrecognized") else []
+        for unknown in [word for word in words if word.startswith("--")][:1]:
             flags = [flag for action in self._actions for flag in action.option_strings]
             near = difflib.get_close_matches(unknown.split("=")[0], flags, n=1)
             message += f" (did you mean {near[0]}?)" if near else " (--help lists them all)"
