@@ -45,8 +45,10 @@ class CLIP(nn.Module):
         if saved is None:
             self.tokenizer = tokenizer or load_tokenizer(config.text_tokenizer)
             pretrained = config.encoder_flag("pretrained", "image")
-            self.image_encoder, self.image_recipe = load_image_encoder(config.model_name, config.size, pretrained)
-            self.text_encoder = load_text_encoder(
+            self.image_encoder, self.image_recipe, released_image = load_image_encoder(
+                config.model_name, config.size, pretrained
+            )
+            self.text_encoder, released_text = load_text_encoder(
                 config.text_encoder_model,
                 config.text_pooling,
                 config.encoder_flag("pretrained", "text"),
@@ -59,11 +61,42 @@ class CLIP(nn.Module):
             self.image_encoder = ImageEncoder(size=config.size, **saved["image_encoder"])
             self.text_encoder = TextEncoder(build_text_backbone(saved["text_encoder"]), config.text_pooling)
         head = (config.projection_dim, config.num_projection_layers, config.dropout)
-        self.image_projection = ProjectionHead(self.image_encoder.width, *head)
+        self.image_projection = ProjectionHead(self.image_encoder.width, *head, self.image_encoder.projection_bias)
         self.text_projection = ProjectionHead(self.text_encoder.width, *head)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # t: similarities are multiplied by exp(t)
         for encoder in ("image", "text"):
             getattr(self, f"{encoder}_encoder").requires_grad_(config.encoder_flag("trainable", encoder))
+        if saved is None and config.num_projection_layers == 1:  # more layers: heads of another kind, from scratch
+            self.start_as_released(released_image, released_text)
+
+    @torch.no_grad()
+    def start_as_released(self, image, text):
+        """Take the linear projections of released CLIPs, `Released` or None; raises InputError.
+
+        With both towers a CLIP's, its temperature comes along where it is known.
+        """
+        own_dim = self.config.projection_dim
+        if image and text and len(image.weight) != len(text.weight):
+            raise InputError(
+                f"model_name {self.config.model_name} projects to {len(image.weight)} values, text_encoder_model "
+                f"{self.config.text_encoder_model} to {len(text.weight)}: give the two encoders of one CLIP"
+            )
+        for name, head, released in (
+            (self.config.model_name, self.image_projection, image),
+            (self.config.text_encoder_model, self.text_projection, text),
+        ):
+            if released is None:
+                continue
+            if len(released.weight) != own_dim:
+                raise InputError(
+                    f"projection_dim is {own_dim}, but {name} comes with a projection to {len(released.weight)} "
+                    f"values: give --projection_dim {len(released.weight)}"
+                )
+            head.layers[-1].weight.copy_(released.weight)
+            if head.layers[-1].bias is not None:
+                head.layers[-1].bias.copy_(released.bias)
+        if image and text and text.logit_scale is not None:
+            self.logit_scale.fill_(text.logit_scale)
 
     @property
     def device(self):
@@ -446,7 +479,7 @@ def save_model(model, folder):
     content = {
         "settings": asdict(model.config),
         "image_encoder": model.image_recipe,
-        "text_encoder": model.text_encoder.backbone.config.to_dict(),
+        "text_encoder": model.text_encoder.recipe,
     }
     write_json(folder / "config.json", content)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}

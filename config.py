@@ -48,8 +48,8 @@ class Config:
     seed: int = setting(42, "seed of the split, the weights, the order and the crops", 0, 2**31 - 1)
 
     # ---- model ------------------------------------------------------------------------------------------------
-    model_name: str = setting("resnet50", "image encoder: a timm model, or a local folder in timm's layout")
-    text_encoder_model: str = setting("distilbert-base-uncased", "text encoder: a Hugging Face encoder or local folder")
+    model_name: str = setting("resnet50", "image encoder: RN50 ... ViT-L/14 of the paper, a timm model, or a folder")
+    text_encoder_model: str = setting("distilbert-base-uncased", "text encoder: transformer, cbow, or Hugging Face's")
     text_tokenizer: str = setting("distilbert-base-uncased", "likewise; `captions` trains a WordPiece on the captions")
     text_layers: int = setting(0, "layers of a text encoder trained from scratch; 0: as its config says", 0, 96)
     text_width: int = setting(0, "width of a text encoder trained from scratch, times 64; 0: likewise", 0, 8192)
@@ -124,6 +124,8 @@ PRESETS = {
     },
     # Radford et al. 2021 (arXiv:2103.00020), section 2.5 and table 18, ResNet columns.
     "paper": {
+        "model_name": "RN50",
+        "text_encoder_model": "transformer",
         "pretrained": False,
         "epochs": 32,
         "batch_size": 32_768,
@@ -166,6 +168,11 @@ def check_config(config):
         raise InputError(
             "text_layers and text_width are for a text encoder trained from scratch: "
             "drop them, or give --pretrained_text_encoder false"
+        )
+    if c.encoder_flag("pretrained", "text") and c.text_encoder_model in ("transformer", "cbow"):
+        raise InputError(
+            f"text_encoder_model is {c.text_encoder_model!r}, of which there are no pretrained weights: "
+            "give --pretrained_text_encoder false, or the folder of a pretrained encoder"
         )
     if c.encoder_flag("pretrained", "text") and c.text_tokenizer == "captions":
         raise InputError(
