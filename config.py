@@ -305,12 +305,15 @@ def read_json(path):
 
 
 def exit_on_input_error(main):
-    """Run a command's main function; bad input ends it with one line and exit status 2."""
+    """Run a command's main function; bad input ends it with one line and exit status 2.
+
+    So does what the operating system refuses (a file that cannot be written, a full disk).
+    """
 
     def wrapped(argv=None):
         try:
             return main(argv)
-        except InputError as error:
+        except (InputError, OSError) as error:
             # An error raised in a loader process arrives wrapped in its traceback; its last line is the message.
             line = str(error).strip().splitlines()[-1].removeprefix("config.InputError: ")
             print(f"error: {line}", file=sys.stderr)

@@ -71,7 +71,7 @@ def read_captions(path):
         raise InputError(f"{path} cannot be read as UTF-8 text ({error})") from None
     if not text.strip():
         raise InputError(f"{path} is empty: it should hold `image,caption` lines")
-    header = next(csv.reader([text.lstrip().splitlines()[0]]))
+    header = next(csv.reader([text.lstrip().splitlines()[0][:1000]]))
     names = [name.strip().lower() for name in header]
     if "image" in names and "caption" in names:
         rows = read_csv_rows(path, text, names)
@@ -94,7 +94,7 @@ def read_csv_rows(path, text, names):
     header_seen = False
     try:
         for row in reader:
-            if not row:
+            if not "".join(row).strip():
                 continue
             if not header_seen:
                 header_seen = True
@@ -200,7 +200,8 @@ def split_images(images, folder, seed):
         taken = {name for names in listed.values() for name in names}
         listed["train"] = [name for name in order if name not in taken]
     if "validation" not in listed:
-        train = [name for name in order if name in set(listed["train"])]
+        listed_train = set(listed["train"])
+        train = [name for name in order if name in listed_train]
         listed["validation"], listed["train"] = train[: len(train) // 10], train[len(train) // 10 :]
     return {split: listed.get(split, []) for split in SPLIT_FILES}
 
@@ -209,7 +210,7 @@ def read_split_files(images, folder):
     known, listed, seen = set(images), {}, {}
     for split, pattern in SPLIT_FILES.items():
         for path in sorted(Path(folder).glob(pattern))[:1]:
-            names = list(dict.fromkeys(path.read_text(encoding="utf-8-sig").split()))
+            names = list(dict.fromkeys(read_lines(path)))
             unknown = [name for name in names if name not in known]
             if unknown:
                 more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
@@ -220,6 +221,15 @@ def read_split_files(images, folder):
                 seen[name] = path.name
             listed[split] = names
     return listed
+
+
+def read_lines(path):
+    """The lines of a text file without blanks at their ends, empty ones left out; raises InputError."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as UTF-8 text ({error})") from None
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def load_splits(config):
@@ -247,7 +257,7 @@ def load_splits(config):
 
 def check_files(files):
     """Raise InputError if a picture is missing, naming the first and counting the others."""
-    missing = [file for file in files if not file.is_file()]
+    missing = [file for file in files if not os.path.isfile(file)]  # False, not an error, for an impossible name
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise InputError(f"picture {missing[0]} is missing{more}: is image_path right?")
@@ -322,7 +332,10 @@ def build_image_cache(files, side, folder, num_workers=4, show_progress=True):
         )
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        write_image_cache(temporary, files, side, num_workers, show_progress)
+        errors = write_image_cache(temporary, files, side, num_workers, show_progress)
+        if errors:
+            more = f" (and {len(errors) - 1} more pictures)" if len(errors) > 1 else ""
+            raise InputError(errors[0] + more)
         for old in folder.glob(f"images-{place}-*.npy"):
             old.unlink()
         temporary.replace(path)
@@ -332,6 +345,7 @@ def build_image_cache(files, side, folder, num_workers=4, show_progress=True):
 
 
 def write_image_cache(path, files, side, num_workers, show_progress):
+    """Decode all pictures into a new .npy file; what was wrong with those that could not be read, a list."""
     pixels = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(len(files), side, side, 3))
     errors = []
 
@@ -346,10 +360,8 @@ def write_image_cache(path, files, side, num_workers, show_progress):
         results = pool.map(decode, range(len(files)))
         for _ in tqdm(results, "decoding images", len(files), unit="image", disable=not show_progress):
             pass
-    if errors:
-        more = f" (and {len(errors) - 1} more pictures)" if len(errors) > 1 else ""
-        raise InputError(min(errors)[1] + more)
     pixels.flush()
+    return [message for _, message in sorted(errors)]
 
 
 class TrainTransform:

@@ -31,6 +31,8 @@ def resolve_config(argv=None):
         return resumed_config(given)
     config = build_config(given)
     folder = Path(config.run or f"runs/{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}")
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"run is {folder}, which is not a folder: give another --run")
     if (folder / "config.json").exists():
         raise InputError(f"{folder} already holds a run: give --resume to continue it, or another --run")
     return dataclasses.replace(config, run=folder.as_posix())
