@@ -1,82 +1,35 @@
-"""Search photographs by a sentence: `python inference.py "two dogs on the grass"`."""
+"""Search with a trained run, in every direction: `python inference.py "two dogs on the grass"`, `--help` for the rest.
+
+Sentences find pictures, a picture finds captions and pictures like it, labels are told apart, and all of it is
+evaluated. Pictures and captions are embedded once and kept in an index beside the run.
+"""
 
 import json
+import re
 import sys
-import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from matplotlib.figure import Figure
-from PIL import Image, ImageOps
-from torch.utils.data import Dataset
-from tqdm import tqdm
 
-from clip import autocast, load_model, retrieval_metrics, setup_device
+from calibration import calibration_of, threshold
+from clip import retrieval_metrics, setup_device
 from config import InputError, OneLineParser, exit_on_input_error
-from dataset import (
-    EvaluationImages,
-    ImageStore,
-    TokenStore,
-    check_files,
-    load_splits,
-    make_loader,
-    make_pairs,
-    pad_tokens,
-    read_captions,
-    stored_side,
+from dataset import check_files, load_splits, make_pairs, read_captions
+from index import (
+    PICTURES,
+    embed_captions,
+    embed_images,
+    index_captions,
+    index_pictures,
+    open_run,
+    scan_pictures,
+    stamp_of,
 )
+from pictures import MATCH, WEAK, draw_bars, draw_confusion, draw_grid
+from zero_shot import TEMPLATES, evaluate_labels, label_logits, parse_labels, read_labelled
 
-PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-
-
-# ---- embedding --------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def run_encoder(function, dataset, device, dtype=None, batch_size=64, num_workers=0, description=None, collate=None):
-    """`function` of every batch of a dataset, concatenated, on the device; a progress bar if described."""
-    loader = make_loader(dataset, num_workers, batch_size=batch_size, collate_fn=collate)
-    results = []
-    hidden = description is None or not sys.stderr.isatty()  # short work: in a log file its bar is only noise
-    with tqdm(total=len(dataset), desc=description, disable=hidden, leave=False) as bar:
-        for batch in loader:
-            parts = batch if isinstance(batch, tuple) else (batch,)
-            with autocast(device, dtype):
-                results.append(function(*[part.to(device, non_blocking=True) for part in parts]).float())
-            bar.update(len(parts[0]))
-    return torch.cat(results)
-
-
-class Captions(Dataset):
-    """Tokenised captions for an encoder, in batches padded to their longest."""
-
-    def __init__(self, tokenizer, captions, max_length):
-        self.tokens, self.pad_id = TokenStore(tokenizer, captions, max_length), tokenizer.pad_token_id
-
-    def __len__(self):
-        return len(self.tokens)
-
-    def __getitem__(self, caption):
-        return self.tokens[caption]
-
-    def collate(self, token_lists):
-        return pad_tokens(token_lists, self.pad_id)
-
-
-def embed_images(model, image_files, batch_size=64, num_workers=0, dtype=None, description="embedding images"):
-    """(N, D) unit vectors of N picture files, float32, on the model's device; raises InputError."""
-    store = ImageStore([Path(file) for file in image_files], stored_side(model.config.size))
-    images = EvaluationImages(store, range(len(store)), model.config.size)
-    return run_encoder(model.encode_image, images, model.device, dtype, batch_size, num_workers, description)
-
-
-def embed_captions(model, captions, batch_size=256, dtype=None, description=None):
-    """(T, D) unit vectors of T captions, float32, on the model's device."""
-    dataset = Captions(model.tokenizer, list(captions), model.max_length)
-    return run_encoder(
-        model.encode_text, dataset, model.device, dtype, batch_size, description=description, collate=dataset.collate
-    )
+MOST_ROWS = 60  # of a grid: beyond, the picture would be larger than matplotlib can draw
 
 
 def find_matches(model, image_embeddings, query, image_filenames, n=9):
@@ -92,59 +45,352 @@ def find_matches(model, image_embeddings, query, image_filenames, n=9):
     return [(image_filenames[i], s) for i, s in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
 
 
-# ---- pictures ---------------------------------------------------------------------------------------------------
+# ---- queries ----------------------------------------------------------------------------------------------------
 
 
-def draw_grid(files, titles, path, heading="", frames=None, columns=3):
-    """Save pictures in rows of `columns`, each in its own proportions, with a title under the heading's query."""
-    rows = -(-len(files) // columns)
-    lines = textwrap.wrap(heading, 30 * columns, max_lines=4, placeholder=" ...")
-    width, height = 3.2 * columns, 3.5 * rows + 0.35 * len(lines) + 0.1
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle("\n".join(lines), fontsize=15)
-    for position, (file, title) in enumerate(zip(files, titles, strict=True)):
-        axis = figure.add_subplot(rows, columns, position + 1)
-        axis.imshow(open_picture(file))
-        axis.set_title(title, fontsize=10)
-        axis.set(xticks=[], yticks=[])
-        for spine in axis.spines.values():
-            spine.set(visible=bool(frames and frames[position]), color="limegreen", linewidth=5)
-    figure.savefig(path, dpi=80)
+@dataclass
+class Query:
+    """A weighted sum of sentences and pictures: parts of (weight, sentence or Path); `text` is how it is shown."""
+
+    text: str
+    parts: list
+
+    @property
+    def is_sentence(self):
+        return len(self.parts) == 1 and isinstance(self.parts[0][1], str)
+
+    @property
+    def pictures(self):
+        return [value for _, value in self.parts if isinstance(value, Path)]
 
 
-def open_picture(file, longest=320):
-    """A picture upright and in its own proportions, no larger than it will be shown, as a PIL image."""
-    try:
-        with Image.open(file) as image:
-            image = ImageOps.exif_transpose(image).convert("RGB")
-            image.thumbnail((longest, longest))
-            return image
-    except (OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"picture {file} cannot be read ({error})") from None
+def build_queries(arguments):
+    """The queries of a command line: each sentence, or else the picture, with what --plus and --minus add to it."""
+    extra = [parse_part(text, 1) for text in arguments.plus] + [parse_part(text, -1) for text in arguments.minus]
+    starts = list(arguments.query) or ([Path(arguments.image)] if arguments.image else [])
+    if not starts or any(not str(start).strip() for start in starts):
+        raise InputError('the query is empty: python inference.py "two dogs on the grass"')
+    suffix = "".join(f" {'+' if w > 0 else '-'} {shown(value, abs(w))}" for w, value in extra)
+    return [Query(shown(start, 1) + suffix, [(1.0, start), *extra]) for start in starts]
 
 
-@torch.no_grad()
-def draw_queries(model, pairs, store, path, rows=4, columns=5):
-    """For a few captions of a split, the best matching pictures; the caption's own has a green frame."""
-    images = EvaluationImages(store, range(len(store)), model.config.size)
-    image_embeddings = run_encoder(model.encode_image, images, model.device)
-    chosen = np.random.default_rng(0).permutation(len(pairs.captions))[:rows]
-    columns = min(columns, len(pairs.files))
-    scores = embed_captions(model, [pairs.captions[j] for j in chosen]) @ image_embeddings.T
-    best = scores.topk(columns)
-    figure = Figure(figsize=(2.3 * columns, 2.75 * len(chosen)), layout="constrained")
-    for row, part in enumerate(np.atleast_1d(figure.subfigures(len(chosen), 1))):
-        caption = pairs.captions[chosen[row]]
-        rank = int((scores[row] >= scores[row, pairs.image_index[chosen[row]]]).sum())
-        part.suptitle(f"{textwrap.shorten(caption, 100)}   (its own picture: place {rank})", fontsize=11)
-        for column, axis in enumerate(np.atleast_1d(part.subplots(1, columns))):
-            image = int(best.indices[row, column])
-            axis.imshow(open_picture(pairs.files[image]))
-            axis.set(xticks=[], yticks=[])
-            axis.set_title(f"{best.values[row, column]:.2f}", fontsize=9)
-            for spine in axis.spines.values():
-                spine.set(visible=image == pairs.image_index[chosen[row]], color="limegreen", linewidth=5)
-    figure.savefig(path, dpi=80)
+def parse_part(text, sign):
+    """(weight, sentence or Path) of an addend: `people`, `0.5:people`, `photo.jpg`, `0.5:photo.jpg`."""
+    weighted = re.fullmatch(r"(\d+\.?\d*|\.\d+):(.*)", text, re.DOTALL)
+    weight, value = (float(weighted[1]), weighted[2]) if weighted else (1.0, text)
+    if not value.strip():
+        raise InputError(f"--{'plus' if sign > 0 else 'minus'} is {text!r}: say what to add or take away")
+    if Path(value).suffix.lower() in PICTURES:
+        check_files([Path(value)])
+        return sign * weight, Path(value)
+    return sign * weight, value
+
+
+def shown(value, weight):
+    name = value.name if isinstance(value, Path) else value
+    return name if weight == 1 else f"{weight:g} x {name}"
+
+
+def query_vectors(run, queries):
+    """(Q, D): of each query the weighted sum of its parts' unit vectors, divided by the sum of the weights' sizes."""
+    values = list(dict.fromkeys(value for query in queries for _, value in query.parts))
+    sentences = [value for value in values if isinstance(value, str)]
+    files = [value for value in values if isinstance(value, Path)]
+    vectors = {}
+    if sentences:
+        vectors |= dict(zip(sentences, embed_captions(run.model, sentences).cpu(), strict=True))
+    if files:
+        vectors |= dict(zip(files, embed_images(run.model, files, description=None).cpu(), strict=True))
+    sums = [sum(weight * vectors[value] for weight, value in query.parts) for query in queries]
+    sizes = [max(sum(abs(weight) for weight, _ in query.parts), 1e-9) for query in queries]
+    return torch.stack([total / size for total, size in zip(sums, sizes, strict=True)])
+
+
+def average_scores(vectors, queries):
+    """(Q, N) scores, the mean over several runs: vectors (N, D) and queries (Q, D) of each run, D may differ."""
+    return sum(q @ v.T for v, q in zip(vectors, queries, strict=True)) / len(vectors)
+
+
+def rank(scores, n, least=None, skip=()):
+    """The n best rows as dicts of row, score, deviation and match; the rows in `skip` are left out.
+
+    The deviation says how unusual a score is for its query: standard deviations above the mean of all its scores.
+    A result is a match if its score is `least` or more; without `least` nobody can tell (None).
+    """
+    kept = torch.ones(len(scores), dtype=torch.bool)
+    kept[list(skip)] = False
+    mean, deviation = scores[kept].mean().item(), scores[kept].std(correction=0).item()
+    best = scores.masked_fill(~kept, -torch.inf).topk(min(n, int(kept.sum())))
+    return [
+        {
+            "row": row,
+            "score": score,
+            "deviation": (score - mean) / deviation if deviation > 1e-7 else 0.0,
+            "match": None if least is None else score >= least,
+        }
+        for row, score in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    ]
+
+
+# ---- what is searched -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Gallery:
+    """Pictures below a folder, {name: (size, time)}; `label` begins the name of their index."""
+
+    root: Path
+    stamps: dict
+    label: str
+
+
+def newest_run(folder="runs"):
+    """The run trained last."""
+    runs = sorted(Path(folder).glob("*/best/model.safetensors"), key=lambda path: path.stat().st_mtime)
+    if not runs:
+        raise InputError(f"no trained run in {folder}/: give --run FOLDER, or train one: python main.py --preset demo")
+    return runs[-1].parent.parent
+
+
+def own_split(config):
+    """The name and the `Pairs` a run is searched on when nothing else is named: test, else validation."""
+    splits = load_splits(config)
+    split = "test" if splits["test"].files else "validation"
+    return split, splits[split]
+
+
+def open_gallery(config, folder):
+    """The pictures of a folder, or the run's own; raises InputError."""
+    if folder:
+        return Gallery(Path(folder), scan_pictures(folder), "pictures")
+    split, pairs = own_split(config)
+    root = Path(config.image_path)
+    return Gallery(root, {file.relative_to(root).as_posix(): stamp_of(file) for file in pairs.files}, split)
+
+
+def own_captions(config, path):
+    """The different captions to describe a picture with, the file they come from and the name of their index."""
+    if path:
+        return list(dict.fromkeys(read_captions(path)["caption"])), path, "captions"
+    split, pairs = own_split(config)
+    return list(dict.fromkeys(pairs.captions)), config.captions_path, f"captions-{split}"
+
+
+# ---- the command ------------------------------------------------------------------------------------------------
+
+
+def parse_arguments(argv):
+    parser = OneLineParser(prog="inference.py", description="Search pictures with a trained run.", allow_abbrev=False)
+    add = parser.add_argument
+    add("query", nargs="*", help="what the picture should show; each sentence is a query of its own")
+    add("--run", nargs="+", help="a trained run's folder (default: the newest in runs/); several: their average")
+    add("--images", help="search any folder of pictures, with its subfolders (default: the run's own)")
+    add("--image", help="a picture: the captions that describe it best and the pictures most like it")
+    add("--plus", action="append", default=[], help="add a sentence or a picture to the query; 0.5:TEXT weighs it")
+    add("--minus", action="append", default=[], help="take a sentence or a picture away from the query; likewise")
+    add("--labels", help='with --image: which of these fits, "dog,cat,horse"; with --zero_shot: these labels')
+    add("--template", action="append", help='sentence around a label, "a photo of a {}"; may be given several times')
+    add("--n", type=int, default=9, help="how many results (default: 9)")
+    add("--output", default="matches.png", help="the picture to write (default: matches.png)")
+    add("--json", action="store_true", help="print JSON")
+    add("--evaluate", action="store_true", help="retrieval metrics on a captions file")
+    add("--zero_shot", help="accuracy on a folder with one folder per label, or a CSV with the columns image,label")
+    add("--image_path", help="the image folder, with --evaluate or the CSV of --zero_shot")
+    add("--captions_path", help="the captions file, with --evaluate or --image (default: the run's own)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    return parser.parse_args(argv)
+
+
+@exit_on_input_error
+def main(argv=None):
+    """Search, classify or evaluate, with a trained run or the average of several."""
+    arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+    job = choose_job(arguments)
+    device, _ = setup_device(arguments.device)
+    runs = [open_run(folder, device) for folder in arguments.run or [newest_run()]]
+    job(runs, arguments)
+
+
+def choose_job(arguments):
+    """The function that does what the command line asks for; raises InputError for what does not go together."""
+    a = arguments
+    if a.evaluate:
+        if not a.image_path or not a.captions_path:
+            raise InputError("--evaluate needs --image_path and --captions_path")
+        return evaluate
+    if a.zero_shot:
+        return evaluate_zero_shot
+    if a.image:
+        check_files([Path(a.image)])
+        if a.query:
+            raise InputError("give a sentence or --image; to combine them: a sentence and --plus PICTURE")
+    if a.labels is not None:
+        if not a.image:
+            raise InputError("--labels needs --image: which picture is to be told apart?")
+        return classify
+    build_queries(a)
+    if not a.image and not Path(a.output).suffix:
+        raise InputError(f"output is {a.output!r}: give a picture's name, such as matches.png")
+    return describe if a.image and not a.plus and not a.minus else search
+
+
+def search(runs, arguments):
+    """Pictures for each query: one line per result, and a grid."""
+    print_answers(search_pictures(runs, arguments, build_queries(arguments)), arguments)
+
+
+def search_pictures(runs, arguments, queries):
+    """The answer to each query among the pictures of the gallery."""
+    gallery = open_gallery(runs[0].model.config, arguments.images)
+    number, names = len(gallery.stamps), list(gallery.stamps)
+    if not 1 <= arguments.n <= number:
+        raise InputError(f"n is {arguments.n}, with {number} pictures to search: give --n 1 to {number}")
+    vectors = [index_pictures(run, gallery.root, gallery.stamps, gallery.label).vectors for run in runs]
+    scores = average_scores(vectors, [query_vectors(run, queries) for run in runs])
+    calibration = calibration_of(runs) if any(query.is_sentence for query in queries) else None
+    least = threshold(calibration, "text_to_image", number) if calibration else None
+    resolved = {}
+    if any(query.pictures for query in queries):  # a picture is not its own match
+        resolved = {(gallery.root / name).resolve(): row for row, name in enumerate(names)}
+    answers = []
+    for query, own in zip(queries, scores, strict=True):
+        skip = [resolved[file.resolve()] for file in query.pictures if file.resolve() in resolved]
+        results = rank(own, arguments.n, least if query.is_sentence else None, skip)
+        for result in results:
+            result["file"] = (gallery.root / names[result.pop("row")]).as_posix()
+        answers.append(answer(query.text, "images", number, results))
+    return answers
+
+
+def describe(runs, arguments):
+    """The captions that describe a picture best, and the pictures most like it."""
+    query = Query(Path(arguments.image).name, [(1.0, Path(arguments.image))])
+    captions, source, label = own_captions(runs[0].model.config, arguments.captions_path)
+    if arguments.n < 1:
+        raise InputError(f"n is {arguments.n}: give at least 1")
+    vectors = [index_captions(run, captions, source, label).vectors for run in runs]
+    scores = average_scores(vectors, [query_vectors(run, [query]) for run in runs])[0]
+    calibration = calibration_of(runs)
+    least = threshold(calibration, "image_to_text", len(captions)) if calibration else None
+    results = rank(scores, arguments.n, least)
+    for result in results:
+        result["caption"] = captions[result.pop("row")]
+    described = answer(query.text, "captions", len(captions), results)
+    print_answers([described, *search_pictures(runs, arguments, [query])], arguments)
+
+
+def answer(query, kind, searched, results):
+    verdicts = [result["match"] for result in results]
+    match = None if None in verdicts else any(verdicts)
+    return {"query": query, "kind": kind, "searched": searched, "match": match, "results": results}
+
+
+def classify(runs, arguments):
+    """Which of several labels fits a picture, with probabilities."""
+    labels = parse_labels(arguments.labels)
+    logits = label_logits([run.model for run in runs], [arguments.image], labels, arguments.template or TEMPLATES)[0]
+    order = logits.argsort(descending=True).tolist()
+    results = [{"label": labels[i], "probability": logits.softmax(0)[i].item()} for i in order]
+    if arguments.json:
+        print(json.dumps({"image": Path(arguments.image).as_posix(), "labels": results}))
+    else:
+        for result in results:
+            print(f"{result['probability']:.4f}\t{result['label']}")
+    names, values = [r["label"] for r in results[:20]], [r["probability"] for r in results[:20]]
+    colours = [MATCH] + [WEAK] * (len(names) - 1)
+    draw_bars(arguments.image, Path(arguments.image).name, names, values, colours, arguments.output)
+    print(f"the picture is in {arguments.output}", file=sys.stderr)
+
+
+def print_answers(answers, arguments):
+    """One line per result for pipes, or JSON; then the pictures."""
+    if arguments.json:
+        print(json.dumps(answers))
+    for each in answers:
+        for result in [] if arguments.json else each["results"]:
+            found = result.get("file") or result["caption"]
+            verdict = {True: "match", False: "weak", None: "-"}[result["match"]]
+            words = [
+                f"{result['score']:.4f}",
+                f"{result['deviation']:+.1f}",
+                verdict,
+                each["kind"],
+                each["query"],
+                found,
+            ]
+            print("\t".join(" ".join(word.split()) if word is not found else word for word in words))
+        if each["match"] is False:
+            print(f"no good match for {each['query']!r} among {each['searched']:,} {each['kind']}", file=sys.stderr)
+    sys.stdout.flush()
+    draw_answers(answers, arguments)
+
+
+def draw_answers(answers, arguments):
+    panels, rows, left, output = [], 0, 0, Path(arguments.output)
+    for each in answers:
+        heading = each["query"] + ("\nno good match; the nearest:" if each["match"] is False else "")
+        results = each["results"]
+        colours = [{True: MATCH, False: WEAK, None: None}[result["match"]] for result in results]
+        if each["kind"] == "captions":
+            place = output.with_stem(f"{output.stem}_captions")
+            names, values = [r["caption"] for r in results[:20]], [r["score"] for r in results[:20]]
+            draw_bars(arguments.image, heading, names, values, [c or WEAK for c in colours[:20]], place)
+            print(f"the captions are in {place}", file=sys.stderr)
+            continue
+        room = min(3 * (MOST_ROWS - rows), len(results))
+        left += len(results) - room
+        if room:
+            titles = [picture_title(result) for result in results[:room]]
+            panels.append((heading, [r["file"] for r in results[:room]], titles, colours[:room]))
+            rows += -(-room // 3)
+    draw_grid(panels, output)
+    left = sum(len(a["results"]) for a in answers if a["kind"] == "images") - sum(
+        len(files) for _, files, _, _ in panels
+    )
+    more = f" ({left} more did not fit on it)" if left else ""
+    print(f"the pictures are in {output}{more}", file=sys.stderr)
+
+
+def picture_title(result):
+    name = Path(result["file"]).name
+    verdict = {True: "   match", False: "   weak", None: ""}[result["match"]]
+    name = name if len(name) < 32 else f"{name[:18]}...{name[-10:]}"
+    return f"{name}\n{result['score']:.3f}   {result['deviation']:+.1f} sd{verdict}"
+
+
+# ---- evaluation -------------------------------------------------------------------------------------------------
+
+
+def evaluate(runs, arguments):
+    """Retrieval metrics on all images of a captions file."""
+    pairs = make_pairs(read_captions(arguments.captions_path), arguments.image_path)
+    check_files(pairs.files)
+    # Vectors side by side, divided by sqrt(runs): their products are the mean of the runs' products.
+    images = torch.cat([embed_images(run.model, pairs.files) for run in runs], 1) / len(runs) ** 0.5
+    texts = torch.cat([embed_captions(run.model, pairs.captions) for run in runs], 1) / len(runs) ** 0.5
+    metrics = retrieval_metrics(images, texts, pairs.image_index)
+    counts = {"images": len(pairs.files), "captions": len(pairs.captions)}
+    print(json.dumps({**counts, **metrics}) if arguments.json else format_metrics(metrics))
+
+
+def evaluate_zero_shot(runs, arguments):
+    """Accuracy of the labels on a folder-per-label tree or a CSV; the confusion matrix as a picture."""
+    files, truth = read_labelled(arguments.zero_shot, arguments.image_path)
+    check_files(files)
+    labels = parse_labels(arguments.labels) if arguments.labels else sorted(set(truth))
+    unknown = sorted(set(truth) - set(labels))
+    if unknown or len(labels) < 2:
+        raise InputError(f"labels are {', '.join(labels)}: give two or more, and {', '.join(unknown) or 'others'} too")
+    logits = label_logits([run.model for run in runs], files, labels, arguments.template or TEMPLATES)
+    results = evaluate_labels(logits, truth, labels)
+    if arguments.json:
+        print(json.dumps(results))
+    else:
+        print(f"{results['accuracy']:.1f}% of {len(files)} pictures right, {len(labels)} labels", end="")
+        print(f" (mean over the labels {results['mean_label_accuracy']:.1f}%)")
+    heading = f"{results['accuracy']:.1f}% of {len(files)} pictures right"
+    draw_confusion(results["confusion"], labels, arguments.output, heading)
+    print(f"the confusion matrix is in {arguments.output}", file=sys.stderr)
 
 
 def format_metrics(metrics):
@@ -154,96 +400,6 @@ def format_metrics(metrics):
         values = "".join(f"{metrics[f'{name}_R@{k}']:7.1f}" for k in (1, 5, 10))
         lines.append(f"{name.replace('_', ' '):<15}{values}{metrics[f'{name}_median_rank']:13.0f}")
     return "\n".join([*lines, f"rsum {metrics['rsum']:.1f}"])
-
-
-# ---- the command ------------------------------------------------------------------------------------------------
-
-
-def newest_model(folder="runs"):
-    """The run trained last."""
-    runs = sorted(Path(folder).glob("*/best/model.safetensors"), key=lambda path: path.stat().st_mtime)
-    if not runs:
-        raise InputError(f"no trained run in {folder}/: give --run FOLDER, or train one: python main.py --preset demo")
-    return runs[-1].parent.parent
-
-
-def gallery_of_run(config):
-    """The picture files to search when no folder is given: the run's test images, else its validation images."""
-    splits = load_splits(config)
-    return (splits["test"].files or splits["validation"].files) if splits else []
-
-
-def gallery_of_folder(folder):
-    """All picture files below a folder, in the order of their names; raises InputError."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"images is {folder}, which is not a folder")
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURES and file.is_file())
-    if not files:
-        raise InputError(f"{folder} holds no pictures ({', '.join(sorted(PICTURES))})")
-    return files
-
-
-def parse_arguments(argv):
-    parser = OneLineParser(prog="inference.py", description="Find the pictures that match a sentence.")
-    parser.add_argument("query", nargs="?", help="what the picture should show")
-    parser.add_argument("--run", help="a trained run's folder (default: the newest in runs/)")
-    parser.add_argument("--images", help="search any folder of pictures (default: the run's test or validation images)")
-    parser.add_argument("--n", type=int, default=9, help="how many pictures to show (default: 9)")
-    parser.add_argument("--output", default="matches.png", help="the picture to write (default: matches.png)")
-    parser.add_argument("--evaluate", action="store_true", help="retrieval metrics on a captions file")
-    parser.add_argument("--image_path", help="with --evaluate: the image folder")
-    parser.add_argument("--captions_path", help="with --evaluate: the captions file")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    return parser.parse_args(argv)
-
-
-@exit_on_input_error
-def main(argv=None):
-    """Search, or evaluate, with a trained run."""
-    arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-    if not arguments.evaluate and not (arguments.query or "").strip():
-        raise InputError('the query is empty: python inference.py "two dogs on the grass"')
-    device, _ = setup_device(arguments.device)
-    model = load_model(arguments.run or newest_model(), device)
-    if arguments.evaluate:
-        evaluate(model, arguments)
-    else:
-        search(model, arguments)
-
-
-def evaluate(model, arguments):
-    """Retrieval metrics of a saved run on all images of a captions file."""
-    if not arguments.image_path or not arguments.captions_path:
-        raise InputError("--evaluate needs --image_path and --captions_path")
-    frame = read_captions(arguments.captions_path)
-    pairs = make_pairs(frame, arguments.image_path)
-    check_files(pairs.files)
-    images, texts = embed_images(model, pairs.files), embed_captions(model, pairs.captions)
-    metrics = retrieval_metrics(images, texts, pairs.image_index)
-    counts = {"images": len(pairs.files), "captions": len(pairs.captions)}
-    print(json.dumps({**counts, **metrics}) if arguments.json else format_metrics(metrics))
-
-
-def search(model, arguments):
-    """Print one line per match and save the grid of pictures."""
-    files = gallery_of_folder(arguments.images) if arguments.images else gallery_of_run(model.config)
-    if not 1 <= arguments.n <= len(files):
-        raise InputError(f"n is {arguments.n}, with {len(files)} pictures to search: give --n 1 to {len(files)}")
-    matches = find_matches(model, embed_images(model, files), arguments.query, files, arguments.n)
-    if arguments.json:
-        print(json.dumps([{"file": str(file), "score": score} for file, score in matches]))
-    else:
-        for file, score in matches:
-            print(f"{score:.4f}\t{file}")
-    draw_grid(
-        [file for file, _ in matches],
-        [f"{file.name if len(file.name) < 32 else file.name[:29] + '...'}\n{score:.3f}" for file, score in matches],
-        arguments.output,
-        arguments.query,
-    )
-    print(f"the pictures are in {arguments.output}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,9 @@ from dataset import (
     stored_side,
     train_tokenizer,
 )
-from inference import Captions, draw_queries, format_metrics, run_encoder
+from index import Captions, run_encoder
+from inference import format_metrics
+from pictures import draw_queries
 from shapes import draw_sample
 
 
