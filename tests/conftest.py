@@ -20,6 +20,7 @@ from dataset import load_splits, train_tokenizer
 from shapes import draw_sample
 
 ROOT = Path(__file__).parent.parent
+torch.set_num_threads(1)  # the models are tiny: several threads would only wait for each other
 
 
 @pytest.fixture(autouse=True)
