@@ -529,12 +529,23 @@ class PairSampler:
         self.total = int(self.groups_per_image.sum())
         self.batches = max(-(-self.total // config.batch_size), int(self.groups_per_image.max()))
         self.micro_batch_size = config.micro_batch_size or config.batch_size
+        if self.total // self.batches < world_size:
+            raise InputError(
+                f"an image with {captions.max()} captions leaves batches of {self.total // self.batches} images for "
+                f"{world_size} processes: give a larger --captions_per_image, or fewer processes"
+            )
 
     def micro_batch_counts(self):
         """How many micro-batches each batch from `start` on has for this process, a list."""
         sizes = [even_share(self.total, self.batches, batch) for batch in range(self.start, self.batches)]
         own = [len(range(self.rank, size, self.world_size)) for size in sizes]
-        return [-(-count // self.micro_batch_size) for count in own]
+        return [len(self.micro_batches(range(count))) for count in own]
+
+    def micro_batches(self, keys):
+        """The keys in parts of nearly equal size: BatchNorm would stumble over a part of one image left at the end."""
+        parts = -(-len(keys) // self.micro_batch_size)
+        ends = [part * len(keys) // parts for part in range(parts + 1)]
+        return [keys[a:b] for a, b in zip(ends, ends[1:], strict=False)]
 
     def plan(self):
         """Yield each batch of this process as its list of micro-batches, a list of keys each."""
@@ -543,15 +554,13 @@ class PairSampler:
         order = rng.permuted  # an image's captions in an order of their own, each epoch anew
         captions = [order(np.arange(a, b)) for a, b in zip(self.pairs.first, self.pairs.first[1:], strict=False)]
         shown = np.zeros(len(captions), dtype=np.int64)
-        micro = self.micro_batch_size
         for batch in plan_batches(self.groups_per_image, self.config.batch_size, rng):
             keys = []
             for image in batch.tolist():
                 group = captions[image][shown[image] * k : (shown[image] + 1) * k]
                 shown[image] += 1
                 keys.append((self.epoch, image, tuple(group.tolist())))
-            keys = keys[self.rank :: self.world_size]
-            yield [keys[i : i + micro] for i in range(0, len(keys), micro)]
+            yield self.micro_batches(keys[self.rank :: self.world_size])
 
     def __iter__(self):
         for number, batch in enumerate(self.plan()):
@@ -594,8 +603,9 @@ class TrainingPairs(Dataset):
 
 
 def prepare_worker(_):
-    """Loader processes leave Ctrl-C to the main process and do not fight over the cores."""
+    """Loader processes leave Ctrl-C, and a cluster's SIGTERM, to the main process and do not fight over the cores."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
 

@@ -531,7 +531,7 @@ def test_loader_processes_give_the_same_batches_as_none(tiny_config):
     captions = [j for _, _, group in keys for j in group]
     for ids, mask, j in zip(batch["input_ids"], batch["attention_mask"], captions, strict=True):
         assert ids[mask.bool()].tolist() == tokens[j].tolist()
-    assert batch["images"].shape == (5, 3, 32, 32)
+    assert batch["images"].shape == (len(keys), 3, 32, 32) and len(keys) <= 5
     assert batch["images"].dtype == torch.uint8
 
 
