@@ -10,6 +10,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -46,7 +47,7 @@ from shapes import draw_sample
 
 def train(config):
     """Run a configured training from wherever its folder says it is; returns the final results."""
-    start_processes(config)
+    config = start_processes(config)
     try:
         trainer = Trainer(config)
         trainer.fit()
@@ -64,16 +65,22 @@ def is_first_process():
 
 
 def start_processes(config):
-    """Join the other processes if torchrun started this one; each gets a GPU of its own where there are GPUs."""
+    """Join the other processes if torchrun started this one; each gets a GPU of its own where there are GPUs.
+
+    Returns the first process's settings: a run folder named by the time may differ between the processes.
+    """
     count = int(os.environ.get("WORLD_SIZE", 1))
     if count == 1:
-        return
+        return config
     if config.batch_size < 2 * count:
         raise InputError(f"batch_size is {config.batch_size}, for {count} processes: give at least {2 * count}")
     use_cuda = config.device in ("auto", "cuda") and torch.cuda.is_available()
     if use_cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if use_cuda else "gloo")
+    common = [config]
+    dist.broadcast_object_list(common)
+    return common[0]
 
 
 def first_process_first(function):
@@ -177,7 +184,6 @@ class Trainer:
         self.loss_sum = torch.zeros((), device=self.device, dtype=torch.float64)
         self.best_rsum, self.history = -1.0, []
         self.stop_requested = False
-        torch.manual_seed(config.seed + self.rank)  # dropout: each process its own
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "config.json", {**vars(config), "resume": False})
@@ -308,10 +314,13 @@ class Trainer:
             yield [next(loader) for _ in range(count)]
 
     def train_step(self, micro_batches):
-        """One optimizer step; returns this process's share of the loss, on the device."""
+        """One optimizer step; returns the batch's loss, on the device. All processes end it with the same weights."""
+        # Dropout's masks depend on the step alone, as the crops do: no random state has to be saved for a resume.
+        torch.manual_seed(int(np.random.SeedSequence((self.config.seed, self.step, self.rank)).generate_state(1)[0]))
         loss = contrastive_backward(self.model, micro_batches, self.device, self.dtype, self.scaler)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        sum_over_processes([p.grad for p in parameters])
+        sum_over_processes([loss, *(p.grad for p in parameters)])
+        self.average_batchnorm()
         self.scaler.unscale_(self.optimizer)
         if self.config.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
@@ -334,8 +343,6 @@ class Trainer:
 
     def end_epoch(self, images, waited, seconds):
         """Evaluate, note the metrics, keep the best model, and save the position."""
-        self.average_batchnorm()
-        sum_over_processes([self.loss_sum])
         train_loss = self.loss_sum / self.batch
         self.check_loss(train_loss)
         metrics, validation_loss = self.evaluate("validation")
@@ -370,11 +377,14 @@ class Trainer:
             )
 
     def average_batchnorm(self):
-        """Each process saw its own images: make the running statistics their mean."""
-        statistics = [buffer for name, buffer in self.model.named_buffers() if "running_" in name]
-        sum_over_processes(statistics)
-        for buffer in statistics:
-            buffer /= self.processes
+        """Each process saw its own images: make the running statistics of what is trained their mean."""
+        if world():
+            trained = [module for module in self.model.modules() if module.training]
+            buffers = [item for module in trained for item in module.named_buffers(recurse=False)]
+            statistics = [buffer for name, buffer in buffers if name.startswith("running_")]
+            sum_over_processes(statistics)
+            for buffer in statistics:
+                buffer /= self.processes
 
     # ---- evaluation
 
@@ -407,16 +417,10 @@ class Trainer:
     # ---- checkpoints
 
     def save_checkpoint(self):
-        """Write last.pt, whole or not at all: everything that decides how the run goes on."""
-        states = [None] * self.processes
-        own = {
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
-        }
-        if world():
-            dist.all_gather_object(states, own)
-        else:
-            states = [own]
+        """Write last.pt, whole or not at all: everything that decides how the run goes on.
+
+        The first process alone does it, when its own clock says so: the processes need not agree on the moment.
+        """
         if self.rank:
             return
         checkpoint = {
@@ -431,7 +435,6 @@ class Trainer:
             "loss_sum": self.loss_sum,
             "best_rsum": self.best_rsum,
             "history": self.history,
-            "random_states": states,
         }
         temporary = self.folder / "last.pt.tmp"
         torch.save(checkpoint, temporary)
@@ -447,12 +450,14 @@ class Trainer:
         if not path.exists():
             return
         try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            states = checkpoint["random_states"]
+            self.restore(torch.load(path, map_location="cpu", weights_only=True))
         except Exception as error:
-            raise InputError(f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0][:100]})") from None
-        if len(states) != self.processes:
-            raise InputError(f"{self.folder} was trained by {len(states)} processes, not {self.processes}")
+            reason = (str(error).splitlines() or [repr(error)])[0][:100]
+            raise InputError(f"{path} cannot be read as a checkpoint of this run ({reason})") from None
+        if self.rank == 0 and self.epoch < self.config.epochs:
+            print(f"resuming {self.folder} at epoch {self.epoch + 1}, batch {self.batch}", flush=True)
+
+    def restore(self, checkpoint):
         self.model.load_state_dict(checkpoint["model"])
         if self.average is not None:
             self.average.load_state_dict(checkpoint["average"])
@@ -462,18 +467,13 @@ class Trainer:
         self.epoch, self.batch, self.step = checkpoint["epoch"], checkpoint["batch"], checkpoint["step"]
         self.loss_sum.copy_(checkpoint["loss_sum"])
         self.best_rsum, self.history = checkpoint["best_rsum"], checkpoint["history"]
-        torch.set_rng_state(states[self.rank]["torch"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(states[self.rank]["cuda"], self.device)
-        if self.rank == 0 and self.epoch < self.config.epochs:
-            print(f"resuming {self.folder} at epoch {self.epoch + 1}, batch {self.batch}", flush=True)
 
     # ---- the end of a run
 
     def report(self):
         """Evaluate the best model on the test split (else the validation split); write results.json and pictures."""
         split = "test" if self.splits["test"].files else "validation"
-        best = load_model(self.folder / "best", self.device)
+        best = first_process_first(lambda: load_model(self.folder / "best", self.device))  # who wrote it
         self.features = {}
         metrics, _ = self.evaluate(split, best)
         results = {"split": split, "images": len(self.splits[split].files), **metrics}
