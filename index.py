@@ -138,19 +138,23 @@ def file_digest(file):
 def scan_pictures(folder):
     """{name: (size, time)} of all pictures below a folder, in the order of their names; raises InputError.
 
-    `os.scandir` and plain strings: with `Path.rglob` this would be most of a search's time.
+    Hidden files are left out (macOS keeps a `._photo.jpg` beside a photo.jpg, which is none). `os.scandir` and plain
+    strings: with `Path.rglob` this would be most of a search's time.
     """
-    found, waiting = {}, [(str(folder), "")]
+    found, waiting, endings = {}, [(str(folder), "")], tuple(PICTURES)
     if not Path(folder).is_dir():
         raise InputError(f"images is {folder}, which is not a folder")
     while waiting:
         path, prefix = waiting.pop()
         with os.scandir(path) as entries:
             for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    waiting.append((entry.path, f"{prefix}{entry.name}/"))
-                elif os.path.splitext(entry.name)[1].lower() in PICTURES and entry.is_file():
-                    found[prefix + entry.name] = stamp_of(entry.path)
+                name = entry.name
+                if name.lower().endswith(endings) and entry.is_file():
+                    if not name.startswith("."):
+                        status = entry.stat()
+                        found[prefix + name] = (status.st_size, status.st_mtime_ns)
+                elif entry.is_dir(follow_symlinks=False):
+                    waiting.append((entry.path, f"{prefix}{name}/"))
     if not found:
         raise InputError(f"{folder} holds no pictures ({', '.join(sorted(PICTURES))})")
     return dict(sorted(found.items()))

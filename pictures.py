@@ -5,6 +5,7 @@ import textwrap
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image, ImageOps
 
 from config import InputError
@@ -25,7 +26,7 @@ def draw_grid(panels, path, columns=3):
     headings = [wrap(heading, width, 14) for heading, *_ in panels]
     rows = [-(-len(files) // columns) for _, files, _, _ in panels]
     heights = [3.5 * count + 0.28 * len(lines) + 0.2 for count, lines in zip(rows, headings, strict=True)]
-    figure = Figure(figsize=(width, sum(heights)), layout="constrained")
+    figure = Figure(figsize=(width, sum(heights)), layout=layout())
     parts = np.atleast_1d(figure.subfigures(len(panels), 1, height_ratios=heights))
     for part, lines, count, (_, files, titles, colours) in zip(parts, headings, rows, panels, strict=True):
         part.suptitle("\n".join(lines), fontsize=14)
@@ -36,6 +37,10 @@ def draw_grid(panels, path, columns=3):
             show_picture(axis, file, colour)
             axis.set_title(title, fontsize=10)
     figure.savefig(path, dpi=80)
+
+
+def layout():
+    return ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08)  # inches around everything
 
 
 def wrap(text, width, size, lines=4):
@@ -57,7 +62,7 @@ def draw_bars(file, heading, names, values, colours, path, digits=2):
     """Save a picture beside horizontal bars, the first on top: what describes it, and how well."""
     names = ["\n".join(textwrap.wrap(name, 44, max_lines=3, placeholder=" ...")) for name in names]
     lines = sum(name.count("\n") + 1 for name in names)
-    figure = Figure(figsize=(11, max(4.0, 0.22 * lines + 0.22 * len(names) + 0.8)), layout="constrained")
+    figure = Figure(figsize=(11, max(4.0, 0.22 * lines + 0.22 * len(names) + 0.8)), layout=layout())
     figure.suptitle("\n".join(wrap(heading, 11, 14)), fontsize=14)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.25))
     show_picture(left, file)
@@ -77,7 +82,7 @@ def draw_confusion(counts, labels, path, heading):
     counts = np.asarray(counts, dtype=float)
     shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
     side = max(4.6, 0.62 * len(labels) + 2.2)
-    figure = Figure(figsize=(side + 0.6, side), layout="constrained")
+    figure = Figure(figsize=(side + 0.6, side), layout=layout())
     axis = figure.add_subplot()
     image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=100)
     names = [textwrap.shorten(label, 22, placeholder=" ...") for label in labels]
@@ -115,7 +120,7 @@ def draw_queries(model, pairs, store, path, rows=4, columns=5):
     columns = min(columns, len(pairs.files))
     scores = embed_captions(model, [pairs.captions[j] for j in chosen]) @ image_embeddings.T
     best = scores.topk(columns)
-    figure = Figure(figsize=(2.3 * columns, 2.75 * len(chosen)), layout="constrained")
+    figure = Figure(figsize=(2.3 * columns, 2.75 * len(chosen)), layout=layout())
     for row, part in enumerate(np.atleast_1d(figure.subfigures(len(chosen), 1))):
         caption = pairs.captions[chosen[row]]
         rank = int((scores[row] >= scores[row, pairs.image_index[chosen[row]]]).sum())
