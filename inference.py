@@ -29,6 +29,7 @@ from index import (
 from pictures import MATCH, WEAK, draw_bars, draw_confusion, draw_grid
 from zero_shot import TEMPLATES, evaluate_labels, label_logits, parse_labels, read_labelled
 
+FORMATS = (".png", ".jpg", ".webp", ".pdf", ".svg")  # of the picture written
 MOST_ROWS = 60  # of a grid: beyond, the picture would be larger than matplotlib can draw
 
 
@@ -190,7 +191,7 @@ def parse_arguments(argv):
     add("--minus", action="append", default=[], help="take a sentence or a picture away from the query; likewise")
     add("--labels", help='with --image: which of these fits, "dog,cat,horse"; with --zero_shot: these labels')
     add("--template", action="append", help='sentence around a label, "a photo of a {}"; may be given several times')
-    add("--n", type=int, default=9, help="how many results (default: 9)")
+    add("--n", type=int, help="how many results (default: 9, or all where there are fewer)")
     add("--output", default="matches.png", help="the picture to write (default: matches.png)")
     add("--json", action="store_true", help="print JSON")
     add("--evaluate", action="store_true", help="retrieval metrics on a captions file")
@@ -214,6 +215,8 @@ def main(argv=None):
 def choose_job(arguments):
     """The function that does what the command line asks for; raises InputError for what does not go together."""
     a = arguments
+    if Path(a.output).suffix.lower() not in FORMATS or not Path(a.output).parent.is_dir():
+        raise InputError(f"output is {a.output}: give a {', '.join(FORMATS)} file in a folder that exists")
     if a.evaluate:
         if not a.image_path or not a.captions_path:
             raise InputError("--evaluate needs --image_path and --captions_path")
@@ -229,8 +232,6 @@ def choose_job(arguments):
             raise InputError("--labels needs --image: which picture is to be told apart?")
         return classify
     build_queries(a)
-    if not a.image and not Path(a.output).suffix:
-        raise InputError(f"output is {a.output!r}: give a picture's name, such as matches.png")
     return describe if a.image and not a.plus and not a.minus else search
 
 
@@ -243,8 +244,9 @@ def search_pictures(runs, arguments, queries):
     """The answer to each query among the pictures of the gallery."""
     gallery = open_gallery(runs[0].model.config, arguments.images)
     number, names = len(gallery.stamps), list(gallery.stamps)
-    if not 1 <= arguments.n <= number:
-        raise InputError(f"n is {arguments.n}, with {number} pictures to search: give --n 1 to {number}")
+    n = min(9, number) if arguments.n is None else arguments.n
+    if not 1 <= n <= number:
+        raise InputError(f"n is {n}, with {number} pictures to search: give --n 1 to {number}")
     vectors = [index_pictures(run, gallery.root, gallery.stamps, gallery.label).vectors for run in runs]
     scores = average_scores(vectors, [query_vectors(run, queries) for run in runs])
     calibration = calibration_of(runs) if any(query.is_sentence for query in queries) else None
@@ -255,7 +257,7 @@ def search_pictures(runs, arguments, queries):
     answers = []
     for query, own in zip(queries, scores, strict=True):
         skip = [resolved[file.resolve()] for file in query.pictures if file.resolve() in resolved]
-        results = rank(own, arguments.n, least if query.is_sentence else None, skip)
+        results = rank(own, n, least if query.is_sentence else None, skip)
         for result in results:
             result["file"] = (gallery.root / names[result.pop("row")]).as_posix()
         answers.append(answer(query.text, "images", number, results))
@@ -266,13 +268,14 @@ def describe(runs, arguments):
     """The captions that describe a picture best, and the pictures most like it."""
     query = Query(Path(arguments.image).name, [(1.0, Path(arguments.image))])
     captions, source, label = own_captions(runs[0].model.config, arguments.captions_path)
-    if arguments.n < 1:
-        raise InputError(f"n is {arguments.n}: give at least 1")
+    n = 9 if arguments.n is None else arguments.n
+    if n < 1:
+        raise InputError(f"n is {n}: give at least 1")
     vectors = [index_captions(run, captions, source, label).vectors for run in runs]
     scores = average_scores(vectors, [query_vectors(run, [query]) for run in runs])[0]
     calibration = calibration_of(runs)
     least = threshold(calibration, "image_to_text", len(captions)) if calibration else None
-    results = rank(scores, arguments.n, least)
+    results = rank(scores, n, least)
     for result in results:
         result["caption"] = captions[result.pop("row")]
     described = answer(query.text, "captions", len(captions), results)

@@ -1,15 +1,15 @@
-"""The saved index: only what is new or changed is embedded, whatever was damaged or made by another model is not used."""
+"""The saved index: only what is new or changed is embedded; one that is damaged or another model's is not used."""
 
 import os
 import shutil
 
 import pytest
 import torch
+from conftest import draw_picture
 
 import index
 from clip import save_model
 from config import InputError
-from conftest import draw_picture
 from index import Run, index_captions, index_pictures, model_digest, open_run, read_index, scan_pictures
 
 
