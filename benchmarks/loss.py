@@ -8,11 +8,10 @@ what forward and backward add to the process's peak: the gradients of the embedd
 
 import json
 import os
-import statistics
 import sys
 import time
 
-from common import in_fresh_process, peak_memory, report
+from common import in_fresh_process, peak_memory, report, spread
 
 SIZES = (1024, 4096, 8192, 16384, 32768)
 WIDTH = 256  # of the embeddings
@@ -25,16 +24,15 @@ def main():
     for number in SIZES:
         row = {"N": number, "one N x N matrix, MB": round(4 * number**2 / 1e6)}
         for kind in ("tiled", "dense"):
-            runs = [in_fresh_process(kind, number) for _ in range(3 if number < 16384 else 1)]
-            fits = runs[0] is not None
-            row[f"{kind}: memory, MB"] = round(statistics.median(r["bytes"] for r in runs) / 1e6) if fits else "too big"
-            row[f"{kind}: time, s"] = round(statistics.median(r["seconds"] for r in runs), 3) if fits else ""
+            found = in_fresh_process("measure", kind, number)
+            row[f"{kind}: memory, MB"] = round(found["bytes"] / 1e6) if found else "does not fit"
+            row[f"{kind}: time, s"] = spread(found["seconds"]) if found else ""
         rows.append(row)
     report("loss", rows, width=WIDTH, limit_MB=LIMIT / 1e6, within_limit=rows[-1]["tiled: memory, MB"] <= LIMIT / 1e6)
 
 
 def measure(kind, number):
-    """Seconds and added bytes of one forward and backward pass; None where the dense loss does not fit."""
+    """Seconds of each forward and backward pass and the bytes they add; None where the dense loss does not fit."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -44,7 +42,9 @@ def measure(kind, number):
     forward_backward(kind, 256, device)  # loads the libraries
     before = peak_memory(device)
     seconds, inputs = forward_backward(kind, number, device)
-    return {"seconds": seconds, "bytes": peak_memory(device) - before - inputs}
+    added = peak_memory(device) - before - inputs
+    again = [forward_backward(kind, number, device)[0] for _ in range(2 if number < 16384 else 0)]
+    return {"seconds": [seconds, *again], "bytes": added}
 
 
 def forward_backward(kind, number, device):
@@ -83,7 +83,7 @@ def free_memory(device):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:  # one measurement, in a process of its own
-        print(json.dumps(measure(sys.argv[1], int(sys.argv[2]))))
+    if sys.argv[1:2] == ["measure"]:  # one measurement, in a process of its own
+        print(json.dumps(measure(sys.argv[2], int(sys.argv[3]))))
     else:
         main()

@@ -36,6 +36,7 @@ def main():
             for count in COUNTS:
                 settings = {**vars(config), "run": str(Path(folder) / f"run-{count}-{number}")}
                 launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}")
+                os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // count))  # the children's
                 found = in_fresh_process("measure", json.dumps(settings), launcher=launcher)
                 seconds[count].append(found["seconds"])
     pairs = config.batch_size * config.captions_per_image
@@ -60,10 +61,8 @@ def measure(settings):
     from config import build_config
     from training import Trainer, start_processes
 
-    count = int(os.environ["WORLD_SIZE"])
     if torch.cuda.device_count() < max(COUNTS):
         settings["device"] = "cpu"
-        torch.set_num_threads(max(1, os.cpu_count() // count))
     config = build_config(settings)
     start_processes(config)
     trainer = Trainer(config)
