@@ -510,7 +510,11 @@ def load_model(folder, device="cpu"):
         state = load_file(folder / "model.safetensors")
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{folder / 'model.safetensors'} is not a safetensors file ({error})") from None
-    model = CLIP(build_config(content["settings"]), load_tokenizer(folder / "tokenizer"), saved=content)
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    try:
+        model = CLIP(build_config(content["settings"]), tokenizer, saved=content)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{folder / 'config.json'} does not describe a model that can be built ({error})") from None
     own = model.state_dict()
     for name in [*own, *state]:
         if name not in state or name not in own or own[name].shape != state[name].shape:

@@ -156,6 +156,10 @@ def check_config(config):
             f"micro_batch_size is {c.micro_batch_size}, more than batch_size ({c.batch_size}): "
             "give at most batch_size, or 0 for the whole batch"
         )
+    if c.warmup_steps and c.scheduler == "plateau":
+        raise InputError(
+            f"warmup_steps is {c.warmup_steps}, but scheduler is plateau, which has no warm-up: give --scheduler cosine"
+        )
     if c.text_width % 64:
         raise InputError(f"text_width is {c.text_width}: it must be a multiple of 64")
     for encoder in ("image", "text"):

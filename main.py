@@ -10,7 +10,8 @@ from pathlib import Path
 
 from config import InputError, build_config, exit_on_input_error, format_config, parse_flags, read_json
 
-# What may differ when a run is resumed: none of it changes what is learned up to the same epoch.
+# What may differ when a run is resumed: none of it changes what was learned (under the cosine schedule, another
+# number of epochs changes the learning rates of those to come).
 MAY_CHANGE = {
     "run",
     "resume",

@@ -166,6 +166,9 @@ class Trainer:
         if config.sample_images and self.rank == 0:
             draw_sample(config.image_path, config.captions_path, config.sample_images)
         self.splits = first_process_first(lambda: load_splits(config))
+        fewest = min(len(pairs.files) for pairs in self.splits.values() if pairs.files)
+        if fewest < self.processes:
+            raise InputError(f"a split has {fewest} images, for {self.processes} processes: start fewer")
         torch.manual_seed(config.seed)
         tokenizer = train_tokenizer(self.splits["train"].captions) if config.text_tokenizer == "captions" else None
         self.model = first_process_first(lambda: CLIP(config, tokenizer))
