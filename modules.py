@@ -47,6 +47,7 @@ class ImageEncoder(nn.Module):
         self.width = getattr(self.backbone, "head_hidden_size", None) or self.backbone.num_features
         # Attention pooling ends in a linear layer with a bias; without a classifier it is the projection.
         self.projection_bias = isinstance(getattr(self.backbone, "head", None), AttentionPool2d)
+        check_size(self.backbone, architecture, size)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
@@ -141,6 +142,17 @@ def build_timm(architecture, size, **model_args):
         model_args["img_size"] = size
     # A width of the shared space is the projection head's business.
     return timm.create_model(architecture, pretrained=False, num_classes=0, **model_args)
+
+
+def check_size(backbone, architecture, size):
+    """Raise InputError where timm would fail on pictures of `size` pixels, or leave a margin of them unseen."""
+    step = getattr(getattr(backbone, "patch_embed", None), "patch_size", None) or 1
+    if isinstance(getattr(backbone, "head", None), AttentionPool2d):
+        step = 32  # five halvings, each of an even number
+    step = max(step) if isinstance(step, tuple) else step
+    if size % step:
+        near = max(1, round(size / step)) * step
+        raise InputError(f"size is {size}: {architecture} takes multiples of {step}; give --size {near}")
 
 
 def load_image_encoder(name, size, pretrained):
