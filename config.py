@@ -80,6 +80,25 @@ class Config:
     ema_decay: float = setting(0.0, "moving average of the weights, evaluated and saved instead; 0: none", 0, 0.99999)
     save_every_minutes: float = setting(10.0, "a resumable checkpoint at least this often, minutes", 0, INF)
 
+    # ---- GAN: generated pictures beside the real ones ----------------------------------------------------------
+    gan: str = setting("none", "pairs: a frozen GAN adds captioned pictures; joint: it goes on learning with CLIP",
+                       choices=("none", "pairs", "joint"))
+    gan_run: str = setting("", "run whose GAN is used (python gan.py --run ...); empty: a CLIP and a GAN are trained")
+    gan_generator: str = setting("affine", "like DF-GAN, or like StyleGAN2", choices=("affine", "style"))
+    gan_size: int = setting(64, "side of the generated pictures, pixels", choices=(32, 64, 128))
+    gan_width: int = setting(64, "channels of its networks at the full size, up to 4 times as many inside", 4, 512)
+    gan_epochs: int = setting(300, "epochs of the GAN; each shows every picture once", 1, 100_000)
+    gan_batch_size: int = setting(64, "pictures per step of the GAN", 2, 65_536)
+    gan_lr: float = setting(2e-4, "learning rate of the generator; the discriminator's is twice as high", 0, 1)
+    gan_ratio: float = setting(0.25, "generated pictures per real one in a batch; 0: none", 0, 4)
+    gan_weight: float = setting(0.5, "weight of a generated picture in the loss; a real one has 1", 0, 10)
+    gan_start: float = setting(0.3, "generated pictures from this share of the training on", 0, 1)
+    gan_end: float = setting(0.8, "and up to this one", 0, 1)
+    gan_gate: int = setting(10, "drop a picture whose caption is not in the first so many of 100; 100: all stay",
+                            1, 100)
+    gan_captions: str = setting("", "file of captions to generate pictures of, one a line; empty: the training's")
+    gan_match: float = setting(0.3, "joint: CLIP's share of the generator's gradient, relative to the GAN's", 0, 10)
+
     # ---- device and precision ---------------------------------------------------------------------------------
     device: str = setting("auto", "device: auto, cpu, cuda, cuda:1, mps")
     precision: str = setting("auto", "of the encoders; auto: bf16 or fp16 on a GPU, float32 on a CPU",
@@ -121,6 +140,11 @@ PRESETS = {
         "weight_decay": 0.05,
         "scheduler": "cosine",
         "warmup_steps": 50,
+        "gan_size": 32,
+        "gan_width": 24,
+        "gan_epochs": 30,
+        "gan_batch_size": 32,
+        "gan_lr": 5e-4,
     },
     # Radford et al. 2021 (arXiv:2103.00020), section 2.5 and table 18, ResNet columns.
     "paper": {
@@ -183,6 +207,8 @@ def check_config(config):
             "text_tokenizer is 'captions', whose tokens a pretrained text encoder does not know: "
             "give its own tokenizer, or --pretrained_text_encoder false"
         )
+    if c.gan != "none" and c.gan_start >= c.gan_end:
+        raise InputError(f"gan_start is {c.gan_start}, gan_end {c.gan_end}: the start must come before the end")
 
 
 def check_value(field, value):
@@ -206,7 +232,7 @@ def kind_of(field):
 
 def describe(field):
     if field.metadata["choices"]:
-        return "one of " + ", ".join(field.metadata["choices"])
+        return "one of " + ", ".join(map(str, field.metadata["choices"]))
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
     text = names[kind_of(field)]
     if field.metadata["low"] is not None:

@@ -1,0 +1,429 @@
+"""A GAN that paints pictures from captions: `python gan.py --run runs/x` trains one for a trained CLIP.
+
+Both networks are told the caption by the unit vector that the run's CLIP gives it, so a generated picture comes with
+its caption. The generator sees noise and a caption's embedding. The discriminator scores how real a picture is and
+how well it fits a caption, and is also shown real pictures with wrong captions (Reed et al. 2016, arXiv:1605.05396):
+without these it could ignore the captions, and so could the generator.
+
+Shapes: B images, Z width of the noise, D width of CLIP's shared space, C channels, S side in pixels. Pictures are
+(B, 3, S, S) in [-1, 1].
+"""
+
+import copy
+import dataclasses
+import json
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from clip import autocast, load_model, setup_device
+from config import InputError, build_config, exit_on_input_error, parse_flags, read_json, write_json
+from dataset import SIDED, ImageStore, build_image_cache, load_splits, resize_image, stored_side
+from gan_networks import NOISE, Architecture, Discriminator
+from index import embed_captions
+
+BETAS = (0.0, 0.9)  # of Adam, as DF-GAN has them
+PENALTY_EVERY = 8  # steps; the penalty is multiplied by as much (lazy regularisation, StyleGAN2)
+
+
+# ---- losses -----------------------------------------------------------------------------------------------------
+
+
+def discriminator_loss(real, fake, mismatched):
+    """Binary cross entropy of logits (B,): a real pair is 1; a fake picture and a wrong caption are 0, half each."""
+    return F.softplus(-real).mean() + 0.5 * F.softplus(fake).mean() + 0.5 * F.softplus(mismatched).mean()
+
+
+def generator_loss(fake):
+    """Binary cross entropy of fakes that are to be taken for real (the non-saturating loss)."""
+    return F.softplus(-fake).mean()
+
+
+def gradient_penalty(discriminator, pictures, embeddings):
+    """R1 of Mescheder et al. 2018 (arXiv:1801.04406): the mean squared norm of the logit's gradient at real pairs."""
+    pictures = pictures.detach().requires_grad_()
+    logits = discriminator(pictures, embeddings)
+    (gradient,) = torch.autograd.grad(logits.sum(), pictures, create_graph=True)
+    return gradient.square().sum((1, 2, 3)).mean()
+
+
+def penalty_weight(size):
+    """gamma / 2 of R1: more for larger pictures, whose gradients have more parts (0.1 / 2 at 32 px, 0.8 / 2 at 64)."""
+    return 0.05 * (size / 32) ** 3
+
+
+def augment(pictures):
+    """Shift by up to an eighth and cut out a square of a third of the side, at random (Zhao et al. 2020, DiffAugment).
+
+    Shown to the discriminator in place of the pictures, real and generated: it cannot learn few pictures by heart.
+    Colours stay, since captions name them. Differentiable. arXiv:2006.10738.
+    """
+    count, _, side, _ = pictures.shape
+    device, most, cut = pictures.device, side // 8, side // 3
+    line, rows = torch.arange(side, device=device), torch.arange(count, device=device)[:, None, None]
+    y, x = line + torch.randint(0, 2 * most + 1, (2, count, 1), device=device)  # (B, S): where each pixel comes from
+    padded = F.pad(pictures, [most] * 4)
+    shifted = padded[rows, :, y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2)
+    top, left = torch.randint(0, side, (2, count, 1), device=device) - cut // 2
+    in_y, in_x = (line >= top) & (line < top + cut), (line >= left) & (line < left + cut)
+    return shifted * ~(in_y[:, None, :, None] & in_x[:, None, None, :])
+
+
+# ---- the two players --------------------------------------------------------------------------------------------
+
+
+class GAN:
+    """Generator, discriminator, their optimizers, and the moving average of the generator that is used in the end.
+
+    The discriminator learns twice as fast. Each step makes one set of fakes for both players.
+    """
+
+    def __init__(self, architecture, embeddings, lr, device, dtype):
+        self.architecture, self.device = architecture, device
+        self.dtype = dtype if dtype == torch.bfloat16 else None  # float16 would need a loss scale in the penalty
+        self.generator = architecture.build_generator()
+        self.discriminator = Discriminator(architecture.dim, architecture.size, architecture.width)
+        for network in (self.generator, self.discriminator):
+            network.caption.measure(embeddings)
+            network.to(device, memory_format=torch.channels_last)
+        self.average = copy.deepcopy(self.generator).requires_grad_(False).eval()
+        fused = device.type in ("cuda", "cpu")
+        self.generator_optimizer = torch.optim.Adam(self.generator.parameters(), lr, BETAS, fused=fused)
+        self.discriminator_optimizer = torch.optim.Adam(self.discriminator.parameters(), 2 * lr, BETAS, fused=fused)
+        self.step = 0
+
+    def train_step(self, real, embeddings, match=None):
+        """One step of both players on (B, 3, S, S) real pictures and their captions; measurements as a dict.
+
+        The wrong caption of a picture is its neighbour's, so the pictures must be different ones. `match(fakes)`, if
+        given, is a further loss of the generator: see `generated.py`.
+        """
+        noise = torch.randn(len(real), NOISE, device=self.device)
+        with autocast(self.device, self.dtype):
+            fake = self.generator(noise, embeddings)
+        measured = self.discriminator_step(real, embeddings, fake.detach())
+        measured |= self.generator_step(fake, embeddings, match)
+        self.update_average(len(real))
+        self.step += 1
+        return measured
+
+    def discriminator_step(self, real, embeddings, fake):
+        with autocast(self.device, self.dtype):
+            features = self.discriminator.features(torch.cat([augment(real), augment(fake)]))
+        of_real, of_fake = features.chunk(2)
+        on_real = self.discriminator.score(of_real, embeddings)
+        on_fake = self.discriminator.score(of_fake, embeddings)
+        on_mismatched = self.discriminator.score(of_real, embeddings.roll(1, 0))
+        loss = discriminator_loss(on_real, on_fake, on_mismatched)
+        total = loss
+        if self.step % PENALTY_EVERY == 0:
+            penalty = gradient_penalty(self.discriminator, real, embeddings)
+            total = loss + PENALTY_EVERY * penalty_weight(self.architecture.size) * penalty
+        self.discriminator_optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        self.discriminator_optimizer.step()
+        return {
+            "discriminator_loss": loss.detach(),
+            "real_above_fake": (on_real > on_fake).float().mean(),
+            "real_above_mismatched": (on_real > on_mismatched).float().mean(),
+        }
+
+    def generator_step(self, fake, embeddings, match=None):
+        self.discriminator.requires_grad_(False)  # the gradient passes through it and leaves nothing there
+        with autocast(self.device, self.dtype):
+            features = self.discriminator.features(augment(fake))
+        loss = generator_loss(self.discriminator.score(features, embeddings))
+        total = loss if match is None else loss + match(fake, loss)
+        self.generator_optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        self.generator_optimizer.step()
+        self.discriminator.requires_grad_(True)
+        return {"generator_loss": loss.detach()}
+
+    @torch.no_grad()
+    def update_average(self, count):
+        """Half of the average is from the last 5% of the pictures seen, at most 10,000 (StyleGAN2-ADA's rule)."""
+        half_life = min(10_000, 0.05 * (self.step + 1) * count)
+        own, new = list(self.average.parameters()), list(self.generator.parameters())
+        torch._foreach_lerp_(own, new, 1 - 0.5 ** (count / half_life))
+
+    def state_dict(self):
+        return {
+            "generator": self.generator.state_dict(),
+            "discriminator": self.discriminator.state_dict(),
+            "average": self.average.state_dict(),
+            "generator_optimizer": self.generator_optimizer.state_dict(),
+            "discriminator_optimizer": self.discriminator_optimizer.state_dict(),
+            "step": self.step,
+        }
+
+    def load_state_dict(self, state):
+        for name in state.keys() - {"step"}:
+            getattr(self, name).load_state_dict(state[name])
+        self.step = state["step"]
+
+
+class PictureStore:
+    """The pictures of a split at the GAN's size and the embeddings of their captions, all on the device."""
+
+    def __init__(self, clip, pairs, config, size, device):
+        side, cache = stored_side(config.size), None
+        if config.cache_images:
+            cache = build_image_cache(pairs.files, side, config.cache_path, config.num_workers)
+        store = ImageStore(pairs.files, side, cache)
+        pictures = np.stack([resize_image(store[image], size) for image in range(len(store))])
+        self.pictures = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(device)  # (N, 3, S, S) uint8
+        self.embeddings = embed_captions(clip, pairs.captions).to(device)  # (T, D)
+        self.sided = torch.tensor([bool(SIDED.search(caption)) for caption in pairs.captions], device=device)
+        self.first = torch.from_numpy(pairs.first).to(device)
+
+    @property
+    def sample_embeddings(self):
+        """(100, D) embeddings, of the first caption of each of 100 pictures (fewer if there are fewer)."""
+        return self.embeddings[self.first[:-1][:100]]
+
+    def batch(self, images):
+        """Real pictures (B, 3, S, S) in [-1, 1] of B image numbers, and (B, D) embeddings, one caption of each.
+
+        Half of the pictures are mirrored, unless the caption says left or right. Half of the embeddings lie between
+        two captions of the picture: the generator has to know the space between the training captions, too.
+        """
+        chosen, other = self.draw_captions(images), self.draw_captions(images)
+        mirrored = (torch.rand(len(images), device=images.device) < 0.5) & ~self.sided[chosen]
+        blended = torch.rand(len(images), 1, device=images.device) < 0.5
+        mirrored &= ~(blended[:, 0] & self.sided[other])
+        real = self.pictures[images].float() / 127.5 - 1
+        real = torch.where(mirrored[:, None, None, None], real.flip(3), real)
+        share = torch.rand(len(images), 1, device=images.device) * blended
+        return real, F.normalize(torch.lerp(self.embeddings[chosen], self.embeddings[other], share), dim=1)
+
+    def draw_captions(self, images):
+        counts = self.first[images + 1] - self.first[images]
+        return self.first[images] + (torch.rand(len(images), device=images.device) * counts).long()
+
+
+# ---- using a generator ------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def generate(generator, embeddings, seed, size=None):
+    """Pictures for (B, D) caption embeddings, (B, 3, S, S) float in [0, 1]; enlarged or reduced to `size` if given."""
+    noise = torch.randn(len(embeddings), NOISE, generator=torch.Generator().manual_seed(seed))
+    pictures = (generator(noise.to(embeddings.device), embeddings) + 1) / 2
+    return pictures if size is None else resize_pictures(pictures, size)
+
+
+def resize_pictures(pictures, size):
+    if pictures.shape[-1] == size:
+        return pictures
+    return F.interpolate(pictures, (size, size), mode="bilinear", antialias=True)
+
+
+def caption_places(image_embeddings, own_embeddings, other_embeddings):
+    """(B,) the place of each picture's own caption among it and N others, by similarity; ties count against it.
+
+    Args:
+        image_embeddings, own_embeddings: (B, D); other_embeddings: (N, D) for all pictures, or (B, N, D).
+    """
+    own = (image_embeddings * own_embeddings).sum(1, keepdim=True)
+    others = (other_embeddings @ image_embeddings[:, :, None])[..., 0] if other_embeddings.ndim == 3 else None
+    others = image_embeddings @ other_embeddings.T if others is None else others
+    return 1 + (others >= own).sum(1)
+
+
+@torch.no_grad()
+def matched_share(clip, generator, embeddings):
+    """How many of 100 pictures have their own caption in the first ten of all 100, per cent, as `clip` sees it."""
+    images = clip.encode_image(generate(generator, embeddings, seed=0, size=clip.config.size))
+    places = ((images @ embeddings.T) >= (images * embeddings).sum(1, keepdim=True)).sum(1)
+    return 100 * (places <= 10).float().mean().item()
+
+
+def save_generator(gan, folder, settings):
+    """Write generator.safetensors, the moving average, and config.json, with which it can be built again."""
+    write_json(folder / "config.json", {"architecture": dataclasses.asdict(gan.architecture), "settings": settings})
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in gan.average.state_dict().items()}
+    save_file(state, folder / "generator.safetensors.tmp")
+    (folder / "generator.safetensors.tmp").replace(folder / "generator.safetensors")
+
+
+def load_generator(folder, device="cpu"):
+    """The frozen generator saved in `folder` (a run's gan/); raises InputError."""
+    folder = Path(folder)
+    if not (folder / "generator.safetensors").exists():
+        raise InputError(f"{folder} holds no generator: train one with python gan.py --run {folder.parent.as_posix()}")
+    content = read_json(folder / "config.json")
+    try:
+        generator = Architecture(**content["architecture"]).build_generator()
+        generator.load_state_dict(load_file(folder / "generator.safetensors"))
+    except (KeyError, TypeError, RuntimeError, SafetensorError, OSError) as error:
+        reason = (str(error).splitlines() or [repr(error)])[0]
+        raise InputError(f"{folder} does not hold a generator of this version ({reason[:100]})") from None
+    return generator.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
+
+
+# ---- training ---------------------------------------------------------------------------------------------------
+
+# What decides how a GAN is trained; the data are those of its run.
+SETTINGS = ("gan_generator", "gan_size", "gan_width", "gan_epochs", "gan_batch_size", "gan_lr", "seed")
+PLACES = ("run", "resume", "image_path", "captions_path", "cache_path", "cache_images", "num_workers", "device")
+
+
+def train_gan(config):
+    """Train the GAN of the run `config.run`, from wherever the run's folder gan/ says it is; its folder.
+
+    An epoch shows each picture once. What is random depends on the seed and the epoch alone, so a training that is
+    resumed goes on as if it had never stopped.
+    """
+    folder = Path(config.run) / "gan"
+    device, dtype = setup_device(config.device, config.precision)
+    clip = load_model(config.run, device)
+    splits = load_splits(config)
+    count = len(splits["train"].files)
+    if config.gan_batch_size > count:
+        raise InputError(f"gan_batch_size is {config.gan_batch_size}, but there are {count} training images")
+    store = PictureStore(clip, splits["train"], config, config.gan_size, device)
+    validation = PictureStore(clip, splits["validation"], config, config.gan_size, device)
+    torch.manual_seed(config.seed)
+    gan = build_gan(config, store.embeddings, device, dtype)
+    history = load_checkpoint(gan, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    steps = count // config.gan_batch_size
+    bar = tqdm(
+        total=config.gan_epochs * steps,
+        initial=len(history) * steps,
+        desc="GAN",
+        unit="step",
+        mininterval=0.5 if sys.stderr.isatty() else 30,
+        dynamic_ncols=True,
+    )
+    with bar:
+        while len(history) < config.gan_epochs:
+            torch.manual_seed(int(np.random.SeedSequence((config.seed, len(history))).generate_state(1)[0]))
+            line = {"epoch": len(history) + 1, **train_epoch(gan, store, config.gan_batch_size, steps, bar)}
+            line["right_caption_in_first_10_of_100"] = matched_share(clip, gan.average, validation.sample_embeddings)
+            history.append(line)
+            save_checkpoint(gan, folder, history)
+            save_generator(gan, folder, {name: getattr(config, name) for name in SETTINGS})
+            draw_samples(gan.average, splits["validation"], validation, folder / "samples.png")
+    return folder
+
+
+def build_gan(config, embeddings, device, dtype):
+    """A `GAN` as the settings say, for captions with these embeddings (T, D)."""
+    architecture = Architecture(config.gan_generator, config.gan_size, config.gan_width, embeddings.shape[1])
+    return GAN(architecture, embeddings, config.gan_lr, device, dtype)
+
+
+def train_epoch(gan, store, batch_size, steps, bar):
+    """One epoch of both players; the means of what they measured."""
+    started, sums = time.perf_counter(), {}
+    order = torch.randperm(len(store.pictures), device=gan.device)
+    for images in order[: steps * batch_size].split(batch_size):
+        measured = gan.train_step(*store.batch(images))
+        sums = {name: sums.get(name, 0) + value for name, value in measured.items()}
+        if bar.update():  # drawn about twice a second; only then does the host wait for the device
+            check_finite(measured, gan.step)
+            bar.set_postfix_str(", ".join(f"{name} {value:.2f}" for name, value in measured.items()), refresh=False)
+    check_finite(sums, gan.step)
+    means = {name: value.item() / steps for name, value in sums.items()}
+    return {"steps": gan.step, **means, "seconds": round(time.perf_counter() - started, 2)}
+
+
+def check_finite(measured, step):
+    for name, value in measured.items():
+        if not torch.isfinite(value):
+            raise InputError(f"{name} is {value:.3f} at step {step}: lower --gan_lr; last.pt is from before")
+
+
+def save_checkpoint(gan, folder, history):
+    """Write last.pt, all that a resumed training needs, and metrics.jsonl; each whole or not at all."""
+    lines = "".join(json.dumps(line) + "\n" for line in history)
+    (folder / "metrics.jsonl.tmp").write_text(lines, encoding="utf-8")
+    torch.save({"gan": gan.state_dict(), "history": history}, folder / "last.pt.tmp")
+    for name in ("last.pt", "metrics.jsonl"):
+        (folder / f"{name}.tmp").replace(folder / name)
+
+
+def load_checkpoint(gan, folder):
+    """Bring the GAN to where last.pt was written, if it is there; the metrics of the epochs done, a list."""
+    path = folder / "last.pt"
+    if not path.exists():
+        return []
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        gan.load_state_dict(checkpoint["gan"])
+        return checkpoint["history"]
+    except Exception as error:
+        reason = (str(error).splitlines() or [repr(error)])[0][:100]
+        raise InputError(f"{path} cannot be read as a checkpoint of this GAN ({reason})") from None
+
+
+def draw_samples(generator, pairs, store, path, rows=4, columns=2, each=3):
+    """Unseen captions with a real picture and a few generated ones, as a picture."""
+    figure = Figure(figsize=(1.9 * columns * (each + 1), 2.25 * rows), layout="constrained")
+    chosen = np.random.default_rng(0).permutation(len(pairs.captions))[: rows * columns]
+    for part, caption in zip(figure.subfigures(rows, columns).flat, chosen, strict=False):
+        embeddings = store.embeddings[caption].expand(each, -1)
+        generated = generate(generator, embeddings, seed=int(caption)).permute(0, 2, 3, 1).cpu().numpy()
+        real = store.pictures[pairs.image_index[caption]].permute(1, 2, 0).cpu().numpy()
+        part.suptitle(textwrap.shorten(pairs.captions[caption], 80), fontsize=11)
+        for number, axis in enumerate(part.subplots(1, each + 1)):
+            axis.imshow(real if number == 0 else generated[number - 1])
+            axis.set_title("real" if number == 0 else "generated", fontsize=8)
+            axis.set(xticks=[], yticks=[])
+    figure.savefig(path, dpi=80)
+
+
+# ---- the command ------------------------------------------------------------------------------------------------
+
+
+def resolve_config(argv=None):
+    """The settings of a GAN: those of its run, changed by the flags; with --resume those it was started with."""
+    given = parse_flags(argv)
+    if not given.get("run"):
+        raise InputError("name the trained run: python gan.py --run runs/x")
+    foreign = sorted(given.keys() - {*SETTINGS, *PLACES, "precision"})
+    if foreign:
+        raise InputError(f"{foreign[0]} is no setting of the GAN, which has {', '.join(SETTINGS)}")
+    folder = Path(given["run"])
+    if not (folder / "config.json").exists():
+        raise InputError(f"run is {folder}, which holds no run: train one with python main.py")
+    saved, place = read_json(folder / "config.json"), folder / "gan" / "config.json"
+    if place.exists():
+        if not given.get("resume"):
+            raise InputError(f"{place.parent} already holds a GAN: give --resume to continue it, or remove that folder")
+        started = read_json(place)["settings"]
+        for name in set(SETTINGS) - {"gan_epochs"}:
+            if given.get(name, started[name]) != started[name]:
+                raise InputError(
+                    f"{name} is {given[name]}, but the GAN was started with {started[name]}: drop the flag"
+                )
+        saved |= started
+    return build_config({**saved, **given, "run": folder.as_posix()})
+
+
+@exit_on_input_error
+def main(argv=None):
+    """Train a GAN for a trained run."""
+    config = resolve_config(argv)
+    try:
+        folder = train_gan(config)
+    except KeyboardInterrupt:
+        print(f"\nstopped; to go on from the last whole epoch: python gan.py --resume --run {config.run}", flush=True)
+        raise SystemExit(130) from None
+    print(f"generator.safetensors and samples.png are in {folder}")
+    print(f"to train with its pictures: python main.py --gan pairs --gan_run {config.run} ...", flush=True)
+
+
+if __name__ == "__main__":
+    main()
