@@ -185,7 +185,7 @@ def test_importing_config_imports_no_torch():
 
 
 def test_format_config_marks_what_was_changed():
-    lines = {line.split()[-2]: line for line in format_config(Config(epochs=3, run="x")).splitlines()}
+    lines = {line[3:].split()[0]: line for line in format_config(Config(epochs=3, run="x")).splitlines()}
     assert lines["epochs"].startswith(" * ")
     assert lines["epochs"].endswith(" 3")
     assert lines["batch_size"].startswith("   ")
