@@ -196,7 +196,11 @@ def describe_timm(name):
         details = {**content, **content.get("pretrained_cfg", {})}
     else:
         architecture = name.split(".")[0]
-        found = timm.get_pretrained_cfg(name, allow_unregistered=True) if timm.is_model(architecture) else None
+        try:
+            found = timm.get_pretrained_cfg(name, allow_unregistered=True)
+        except RuntimeError:  # timm knows the model, but not what stands after its dot
+            known = ", ".join(timm.list_pretrained(f"{architecture}.*")) or architecture
+            raise InputError(f"model_name is {name!r}, of which timm knows only {known}") from None
         details = found.to_dict() if found else {}
     if details.get("tag") == "openai" and "quickgelu" not in architecture:
         # timm also offers OpenAI's ViT weights in a model with the exact GELU; they were trained with QuickGELU.
