@@ -124,9 +124,9 @@ def run(loop, steps):
 
 def main():
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--pictures", type=int, default=400)
+    parser.add_argument("--pictures", type=int, default=200)
     own, flags = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         config = benchmark_config(folder, flags, own.pictures, batch_size=16, captions_per_image=5)
