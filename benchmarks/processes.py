@@ -73,6 +73,8 @@ def measure(settings):
             started = settle(trainer.device)
         trainer.train_step(next(batches))
     seconds = (settle(trainer.device) - started) / STEPS
+    batches.close()
+    trainer.loader = None  # ends its processes
     if dist.is_initialized():
         dist.destroy_process_group()
     return {"seconds": seconds, "device": trainer.device.type}
