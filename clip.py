@@ -175,10 +175,23 @@ def autocast(device, dtype):
     return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
 
 
+@torch.no_grad()
+def update_average(average, model, decay, step):
+    """Move the averaged weights towards the model's; early steps count more, so that the start is forgotten."""
+    decay = min(decay, (1 + step) / (10 + step))
+    own, new = average.state_dict(), model.state_dict()
+    floats = [name for name in own if own[name].is_floating_point()]
+    torch._foreach_lerp_([own[name] for name in floats], [new[name] for name in floats], 1 - decay)
+    for name in own.keys() - set(floats):
+        own[name].copy_(new[name])
+
+
 # ---- the loss ---------------------------------------------------------------------------------------------------
 
 
-def contrastive_loss(image_embeddings, text_embeddings, logit_scale, image_index=None, group=None):
+def contrastive_loss(
+    image_embeddings, text_embeddings, logit_scale, image_index=None, group=None, image_ids=None, weights=None
+):
     """The symmetric contrastive loss, a scalar.
 
     With one caption per image it is the paper's: the mean of the cross entropies over the rows and over the columns
@@ -195,13 +208,17 @@ def contrastive_loss(image_embeddings, text_embeddings, logit_scale, image_index
         group: a torch.distributed group over which the batch is spread. Each process passes its own images with
             their captions and computes its own rows; the losses, and the gradients, of all processes add up to
             those of the whole batch.
+        image_ids: (B,) whole numbers. Images with the same one are siblings (a photograph and pictures generated for
+            its captions): an image and a sibling's captions are never each other's negatives. None: no siblings.
+        weights: (B,) the weight of each image and its captions in the two means; None: all the same.
     """
     rows, device = len(image_embeddings), image_embeddings.device
     if image_index is None:
         if rows != len(text_embeddings):
             raise ValueError(f"{rows} images and {len(text_embeddings)} captions: give image_index")
         image_index = torch.arange(rows, device=device)
-    image_ids = sum(counts_before(rows, device, group)) + torch.arange(rows, device=device)
+    if image_ids is None:
+        image_ids = sum(counts_before(rows, device, group)) + torch.arange(rows, device=device)
     with torch.autocast(device.type, enabled=False):
         images, texts, t = upcast(image_embeddings), upcast(text_embeddings), upcast(logit_scale)
         over_texts, over_images = NegativesLogSumExp.apply(images, texts, t, image_ids, image_ids[image_index], group)
@@ -209,9 +226,12 @@ def contrastive_loss(image_embeddings, text_embeddings, logit_scale, image_index
         image_losses = F.softplus(over_texts[image_index] - positives)  # (T,): one for each (image, own caption)
         text_losses = F.softplus(over_images - positives)  # (T,)
         captions_per_image = torch.bincount(image_index, minlength=rows).to(images.dtype)
-        image_loss = (image_losses / captions_per_image[image_index]).sum() / total(rows, device, group)
-        text_loss = text_losses.sum() / total(len(texts), device, group)
-        return (image_loss + text_loss) / 2
+        image_losses = image_losses / captions_per_image[image_index]
+        of_images, of_texts = total(rows, device, group), total(len(texts), device, group)
+        if weights is not None:
+            of_images, of_texts = total_weight(weights, group), total_weight(weights[image_index], group)
+            image_losses, text_losses = weights[image_index] * image_losses, weights[image_index] * text_losses
+        return (image_losses.sum() / of_images + text_losses.sum() / of_texts) / 2
 
 
 def upcast(x):
@@ -317,6 +337,14 @@ def total(count, device, group):
     return sum(counts_of(count, device, group))
 
 
+def total_weight(weights, group):
+    """The sum of the weights of all processes, a scalar tensor."""
+    summed = weights.sum()
+    if group is not None:
+        dist.all_reduce(summed, group=group)
+    return summed
+
+
 def gather(x, group):
     """The rows of all processes in the order of their ranks, without gradient; they may differ in number."""
     if group is None:
@@ -332,7 +360,7 @@ def gather(x, group):
 # ---- one step's gradient ----------------------------------------------------------------------------------------
 
 
-def contrastive_backward(model, micro_batches, device, dtype=None, scaler=None):
+def contrastive_backward(model, micro_batches, device, dtype=None, scaler=None, generated=None):
     """Add the gradient of the batch's loss, times the scale of `scaler` if any, to the parameters; returns the loss.
 
     A batch in several micro-batches is encoded twice with gradient caching (Gao et al. 2021, arXiv:2101.06983):
@@ -342,8 +370,12 @@ def contrastive_backward(model, micro_batches, device, dtype=None, scaler=None):
     sample's embedding depends on that sample alone. BatchNorm in training mode couples the samples of a
     micro-batch: then it is the exact gradient of the loss with statistics taken per micro-batch, and the running
     statistics move once per step, by the mean over the micro-batches.
+
+    `generated`, if not None, is a list of micro-batches of generated pictures, with their `weights` (B,). They join
+    the others in the one loss, in which pictures with the same of `image_ids` are siblings; BatchNorm's running
+    statistics stay those of real pictures.
     """
-    if len(micro_batches) == 1:
+    if len(micro_batches) == 1 and generated is None:
         batch = to_device(micro_batches[0], device)
         with autocast(device, dtype):
             image_embeddings, text_embeddings = model(batch)
@@ -351,35 +383,61 @@ def contrastive_backward(model, micro_batches, device, dtype=None, scaler=None):
         (scaler.scale(loss) if scaler else loss).backward()
         return loss.detach()
 
+    parts, cached = [*micro_batches, *(generated or [])], len(micro_batches) > 1
     embeddings, random_states = [], []
-    with batchnorm_statistics(model, len(micro_batches), "kept"), torch.no_grad():
-        for batch in micro_batches:
-            random_states.append(random_state(device))
-            with autocast(device, dtype):
-                embeddings.append(model(to_device(batch, device)))
-    image_embeddings = torch.cat([images for images, _ in embeddings]).requires_grad_()
-    text_embeddings = torch.cat([texts for _, texts in embeddings]).requires_grad_()
-    image_index, rows = [], 0
-    for batch, (images, _) in zip(micro_batches, embeddings, strict=True):
-        image_index.append(batch["image_index"].to(device) + rows)
-        rows += len(images)
-    loss = contrastive_loss(image_embeddings, text_embeddings, model.logit_scale, torch.cat(image_index), world())
+    for number, batch in enumerate(parts):
+        # The running statistics move here only in the one case in which there is no second pass.
+        keep = cached or number >= len(micro_batches)
+        random_states.append(random_state(device))
+        statistics = batchnorm_statistics(model, 1, "kept") if keep else contextlib.nullcontext()
+        with statistics, torch.set_grad_enabled(not cached), autocast(device, dtype):
+            embeddings.append(model(to_device(batch, device)))
+    image_embeddings = torch.cat([images for images, _ in embeddings])
+    text_embeddings = torch.cat([texts for _, texts in embeddings])
+    if cached:
+        image_embeddings.requires_grad_(), text_embeddings.requires_grad_()
+    known = describe_parts(parts, embeddings, device, siblings=generated is not None)
+    loss = contrastive_loss(image_embeddings, text_embeddings, model.logit_scale, **known)
     (scaler.scale(loss) if scaler else loss).backward()
+    if not cached:
+        return loss.detach()
     image_grads = image_embeddings.grad.split([len(images) for images, _ in embeddings])
     text_grads = text_embeddings.grad.split([len(texts) for _, texts in embeddings])
     del embeddings
 
+    def push_back(batch, state, *output_grads):
+        set_random_state(state, device)
+        with autocast(device, dtype):
+            outputs = model(to_device(batch, device))
+        grads = [(x, grad) for x, grad in zip(outputs, output_grads, strict=True) if x.requires_grad]
+        torch.autograd.backward([x for x, _ in grads], [grad for _, grad in grads])
+
+    second_pass = list(zip(parts, random_states, image_grads, text_grads, strict=True))
     with batchnorm_statistics(model, len(micro_batches), "averaged") as next_micro_batch:
-        for batch, state, image_grad, text_grad in zip(
-            micro_batches, random_states, image_grads, text_grads, strict=True
-        ):
+        for part in second_pass[: len(micro_batches)]:
             next_micro_batch()
-            set_random_state(state, device)
-            with autocast(device, dtype):
-                outputs = model(to_device(batch, device))
-            grads = [(x, grad) for x, grad in zip(outputs, (image_grad, text_grad), strict=True) if x.requires_grad]
-            torch.autograd.backward([x for x, _ in grads], [grad for _, grad in grads])
+            push_back(*part)
+    with batchnorm_statistics(model, 1, "kept"):
+        for part in second_pass[len(micro_batches) :]:
+            push_back(*part)
     return loss.detach()
+
+
+def describe_parts(parts, embeddings, device, siblings):
+    """What `contrastive_loss` has to know about the concatenated parts of a batch, as its keyword arguments."""
+    image_index, rows = [], 0
+    for part, (images, _) in zip(parts, embeddings, strict=True):
+        image_index.append(part["image_index"].to(device) + rows)
+        rows += len(images)
+    known = {"image_index": torch.cat(image_index), "group": world()}
+    if siblings:
+        ids = [part["image_ids"].to(device) for part in parts]
+        weights = [
+            part["weights"].to(device) if "weights" in part else torch.ones(len(images), device=device)
+            for part, (images, _) in zip(parts, embeddings, strict=True)
+        ]
+        known |= {"image_ids": torch.cat(ids), "weights": torch.cat(weights)}
+    return known
 
 
 def to_device(batch, device):

@@ -578,6 +578,7 @@ class TrainingPairs(Dataset):
         self.store, self.tokens, self.pad_id, self.seed = store, tokens, pad_id, config.seed
         self.image_features, self.text_features = image_features, text_features
         self.transform = TrainTransform(config.size, config.crop_scale, config.color_jitter)
+        self.image_ids = torch.from_numpy(pairs.image_index)
         self.sided = np.array([bool(SIDED.search(caption)) for caption in pairs.captions])
 
     def __getitem__(self, key):
@@ -589,10 +590,12 @@ class TrainingPairs(Dataset):
         return to_tensor(pixels), captions
 
     def collate(self, items):
-        """A micro-batch: B images, their T captions, and image_index (T,), the row of each caption's image."""
+        """A micro-batch: B images, their T captions, image_index (T,), the row of each caption's image, and image_ids
+        (B,), the number of each image in the data set."""
         counts = torch.tensor([len(captions) for _, captions in items])
         captions = [caption for _, group in items for caption in group]
         batch = {"image_index": torch.repeat_interleave(torch.arange(len(items)), counts)}
+        batch["image_ids"] = self.image_ids[[group[0] for _, group in items]]
         batch["images" if self.image_features is None else "image_features"] = torch.stack([x for x, _ in items])
         if self.text_features is not None:
             batch["text_features"] = self.text_features[captions]

@@ -104,8 +104,8 @@ class GAN:
     def train_step(self, real, embeddings, match=None):
         """One step of both players on (B, 3, S, S) real pictures and their captions; measurements as a dict.
 
-        The wrong caption of a picture is its neighbour's, so the pictures must be different ones. `match(fakes)`, if
-        given, is a further loss of the generator: see `generated.py`.
+        The wrong caption of a picture is its neighbour's, so the pictures must be different ones. `match(fakes,
+        gradient)`, if given, is a further gradient at the fakes beside the discriminator's: see `generated.py`.
         """
         noise = torch.randn(len(real), NOISE, device=self.device)
         with autocast(self.device, self.dtype):
@@ -138,15 +138,16 @@ class GAN:
         }
 
     def generator_step(self, fake, embeddings, match=None):
-        self.discriminator.requires_grad_(False)  # the gradient passes through it and leaves nothing there
+        """The gradient goes by way of the pictures: it passes through the discriminator and leaves nothing there."""
         with autocast(self.device, self.dtype):
             features = self.discriminator.features(augment(fake))
         loss = generator_loss(self.discriminator.score(features, embeddings))
-        total = loss if match is None else loss + match(fake, loss)
+        (gradient,) = torch.autograd.grad(loss, fake, retain_graph=True)
+        if match is not None:
+            gradient = gradient + match(fake, gradient)
         self.generator_optimizer.zero_grad(set_to_none=True)
-        total.backward()
+        fake.backward(gradient)
         self.generator_optimizer.step()
-        self.discriminator.requires_grad_(True)
         return {"generator_loss": loss.detach()}
 
     @torch.no_grad()
@@ -192,7 +193,8 @@ class PictureStore:
         return self.embeddings[self.first[:-1][:100]]
 
     def batch(self, images):
-        """Real pictures (B, 3, S, S) in [-1, 1] of B image numbers, and (B, D) embeddings, one caption of each.
+        """Of B image numbers the pictures (B, 3, S, S) in [-1, 1], and of one caption each (B, D) embeddings and the
+        number (B,).
 
         Half of the pictures are mirrored, unless the caption says left or right. Half of the embeddings lie between
         two captions of the picture: the generator has to know the space between the training captions, too.
@@ -204,7 +206,8 @@ class PictureStore:
         real = self.pictures[images].float() / 127.5 - 1
         real = torch.where(mirrored[:, None, None, None], real.flip(3), real)
         share = torch.rand(len(images), 1, device=images.device) * blended
-        return real, F.normalize(torch.lerp(self.embeddings[chosen], self.embeddings[other], share), dim=1)
+        between = torch.lerp(self.embeddings[chosen], self.embeddings[other], share)
+        return real, F.normalize(between, dim=1), chosen
 
     def draw_captions(self, images):
         counts = self.first[images + 1] - self.first[images]
@@ -228,18 +231,6 @@ def resize_pictures(pictures, size):
     return F.interpolate(pictures, (size, size), mode="bilinear", antialias=True)
 
 
-def caption_places(image_embeddings, own_embeddings, other_embeddings):
-    """(B,) the place of each picture's own caption among it and N others, by similarity; ties count against it.
-
-    Args:
-        image_embeddings, own_embeddings: (B, D); other_embeddings: (N, D) for all pictures, or (B, N, D).
-    """
-    own = (image_embeddings * own_embeddings).sum(1, keepdim=True)
-    others = (other_embeddings @ image_embeddings[:, :, None])[..., 0] if other_embeddings.ndim == 3 else None
-    others = image_embeddings @ other_embeddings.T if others is None else others
-    return 1 + (others >= own).sum(1)
-
-
 @torch.no_grad()
 def matched_share(clip, generator, embeddings):
     """How many of 100 pictures have their own caption in the first ten of all 100, per cent, as `clip` sees it."""
@@ -248,9 +239,9 @@ def matched_share(clip, generator, embeddings):
     return 100 * (places <= 10).float().mean().item()
 
 
-def save_generator(gan, folder, settings):
+def save_generator(gan, folder, **more):
     """Write generator.safetensors, the moving average, and config.json, with which it can be built again."""
-    write_json(folder / "config.json", {"architecture": dataclasses.asdict(gan.architecture), "settings": settings})
+    write_json(folder / "config.json", {"architecture": dataclasses.asdict(gan.architecture), **more})
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in gan.average.state_dict().items()}
     save_file(state, folder / "generator.safetensors.tmp")
     (folder / "generator.safetensors.tmp").replace(folder / "generator.safetensors")
@@ -294,7 +285,8 @@ def train_gan(config):
     store = PictureStore(clip, splits["train"], config, config.gan_size, device)
     validation = PictureStore(clip, splits["validation"], config, config.gan_size, device)
     torch.manual_seed(config.seed)
-    gan = build_gan(config, store.embeddings, device, dtype)
+    architecture = Architecture(config.gan_generator, config.gan_size, config.gan_width, store.embeddings.shape[1])
+    gan = GAN(architecture, store.embeddings, config.gan_lr, device, dtype)
     history = load_checkpoint(gan, folder)
     folder.mkdir(parents=True, exist_ok=True)
     steps = count // config.gan_batch_size
@@ -313,15 +305,9 @@ def train_gan(config):
             line["right_caption_in_first_10_of_100"] = matched_share(clip, gan.average, validation.sample_embeddings)
             history.append(line)
             save_checkpoint(gan, folder, history)
-            save_generator(gan, folder, {name: getattr(config, name) for name in SETTINGS})
+            save_generator(gan, folder, settings={name: getattr(config, name) for name in SETTINGS})
             draw_samples(gan.average, splits["validation"], validation, folder / "samples.png")
     return folder
-
-
-def build_gan(config, embeddings, device, dtype):
-    """A `GAN` as the settings say, for captions with these embeddings (T, D)."""
-    architecture = Architecture(config.gan_generator, config.gan_size, config.gan_width, embeddings.shape[1])
-    return GAN(architecture, embeddings, config.gan_lr, device, dtype)
 
 
 def train_epoch(gan, store, batch_size, steps, bar):
@@ -329,7 +315,8 @@ def train_epoch(gan, store, batch_size, steps, bar):
     started, sums = time.perf_counter(), {}
     order = torch.randperm(len(store.pictures), device=gan.device)
     for images in order[: steps * batch_size].split(batch_size):
-        measured = gan.train_step(*store.batch(images))
+        real, embeddings, _ = store.batch(images)
+        measured = gan.train_step(real, embeddings)
         sums = {name: sums.get(name, 0) + value for name, value in measured.items()}
         if bar.update():  # drawn about twice a second; only then does the host wait for the device
             check_finite(measured, gan.step)

@@ -231,4 +231,6 @@ class Architecture:
     dim: int
 
     def build_generator(self):
-        return GENERATORS[self.generator](self.dim, self.size, self.width)
+        generator = GENERATORS[self.generator](self.dim, self.size, self.width)
+        generator.architecture = self
+        return generator

@@ -6,15 +6,17 @@ import this file again and stay light.
 
 import dataclasses
 import datetime
+import os
 from pathlib import Path
 
-from config import InputError, build_config, exit_on_input_error, format_config, parse_flags, read_json
+from config import InputError, build_config, exit_on_input_error, format_config, parse_flags, read_json, write_json
 
 # What may differ when a run is resumed: none of it changes what was learned (under the cosine schedule, another
 # number of epochs changes the learning rates of those to come).
 MAY_CHANGE = {
     "run",
     "resume",
+    "gan_run",
     "image_path",
     "captions_path",
     "cache_path",
@@ -65,7 +67,43 @@ def main(argv=None):
 
     if training.is_first_process():
         print(format_config(config), flush=True)
+    if config.gan != "none":
+        check_processes(config)
+    if config.gan != "none" and not config.gan_run:
+        train_first(config)
     training.train(config)
+
+
+def check_processes(config):
+    """Raise InputError where several processes would have to train one GAN."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and (config.gan == "joint" or not config.gan_run):
+        raise InputError(
+            f"gan is {config.gan} in several processes, but a GAN learns in one: train it with "
+            "python gan.py --run ..., then give --gan pairs --gan_run ..."
+        )
+
+
+def train_first(config):
+    """Train the CLIP and the GAN that a run with generated pictures needs, in first/ of its folder.
+
+    What a stopped run has already done is not done again.
+    """
+    import gan
+    import training
+
+    first = dataclasses.replace(config, run=f"{config.run}/first", gan="none")
+    Path(first.run).mkdir(parents=True, exist_ok=True)
+    write_json(Path(config.run) / "config.json", {**vars(config), "resume": False})  # so that it can be resumed
+    print("\n==== 1 of 3: CLIP on the real pictures ====", flush=True)
+    if not (Path(first.run) / "results.json").exists():
+        training.train(first)
+    print("\n==== 2 of 3: the GAN, told the captions by that CLIP ====", flush=True)
+    try:
+        gan.train_gan(first)
+    except KeyboardInterrupt:
+        print(f"\nstopped; to go on: python main.py --resume --run {config.run}", flush=True)
+        raise SystemExit(130) from None
+    print("\n==== 3 of 3: CLIP on real and generated pictures ====", flush=True)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from clip import (
     retrieval_metrics,
     save_model,
     setup_device,
+    update_average,
     world,
 )
 from config import InputError, write_json
@@ -39,6 +40,7 @@ from dataset import (
     stored_side,
     train_tokenizer,
 )
+from generated import generated_pairs
 from index import Captions, run_encoder
 from inference import format_metrics
 from pictures import draw_queries
@@ -131,17 +133,6 @@ def build_scheduler(optimizer, config, steps_per_epoch):
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-@torch.no_grad()
-def update_average(average, model, decay, step):
-    """Move the averaged weights towards the model's; early steps count more, so that the start is forgotten."""
-    decay = min(decay, (1 + step) / (10 + step))
-    own, new = average.state_dict(), model.state_dict()
-    floats = [name for name in own if own[name].is_floating_point()]
-    torch._foreach_lerp_([own[name] for name in floats], [new[name] for name in floats], 1 - decay)
-    for name in own.keys() - set(floats):
-        own[name].copy_(new[name])
-
-
 def sum_over_processes(tensors):
     """Add up tensors over all processes, in one message."""
     if world() and tensors:
@@ -186,6 +177,7 @@ class Trainer:
         self.epoch, self.batch, self.step = 0, 0, 0  # epochs done, batches of this one done, steps in all
         self.loss_sum = torch.zeros((), device=self.device, dtype=torch.float64)
         self.best_rsum, self.history = -1.0, []
+        self.generated = generated_pairs(config, self.splits["train"], self.model, self.device, self.dtype)
         self.stop_requested = False
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -320,7 +312,12 @@ class Trainer:
         """One optimizer step; returns the batch's loss, on the device. All processes end it with the same weights."""
         # Dropout's masks depend on the step alone, as the crops do: no random state has to be saved for a resume.
         torch.manual_seed(int(np.random.SeedSequence((self.config.seed, self.step, self.rank)).generate_state(1)[0]))
-        loss = contrastive_backward(self.model, micro_batches, self.device, self.dtype, self.scaler)
+        image_ids = torch.cat([batch["image_ids"] for batch in micro_batches])
+        generated = None
+        if self.generated is not None:
+            progress = self.step / (self.config.epochs * self.sampler.batches)
+            generated = self.generated.micro_batches(len(image_ids), self.step, progress, self.rank)
+        loss = contrastive_backward(self.model, micro_batches, self.device, self.dtype, self.scaler, generated)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         sum_over_processes([loss, *(p.grad for p in parameters)])
         self.average_batchnorm()
@@ -335,6 +332,8 @@ class Trainer:
             self.scheduler.step()
         if self.average is not None:
             update_average(self.average, self.model, self.config.ema_decay, self.step)
+        if self.config.gan == "joint":
+            self.generated.learn(self.model, image_ids, self.step)
         return loss
 
     def check_loss(self, loss):
@@ -364,6 +363,7 @@ class Trainer:
             "seconds": round(seconds, 2),
             "images_per_second": round(images / seconds, 1),
             "waiting_share": round(waited / seconds, 4),
+            **(self.generated.end_epoch(self.folder) if self.generated is not None else {}),
         }
         self.history.append(line)
         if metrics["rsum"] > self.best_rsum:
@@ -375,9 +375,14 @@ class Trainer:
             print(
                 f"epoch {self.epoch}: loss {line['train_loss']:.3f} (validation {validation_loss:.3f}), validation "
                 f"text-to-image R@1 {metrics['text_to_image_R@1']:.1f} R@5 {metrics['text_to_image_R@5']:.1f} "
-                f"R@10 {metrics['text_to_image_R@10']:.1f}, rsum {metrics['rsum']:.1f}",
+                f"R@10 {metrics['text_to_image_R@10']:.1f}, rsum {metrics['rsum']:.1f}" + self.describe_generated(line),
                 flush=True,
             )
+
+    def describe_generated(self, line):
+        if not line.get("generated"):
+            return ""
+        return f"; {line['generated']} pictures generated, the gate dropped {line['dropped_by_gate']}"
 
     def average_batchnorm(self):
         """Each process saw its own images: make the running statistics of what is trained their mean."""
@@ -432,6 +437,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "generated": self.generated.state_dict() if self.generated is not None else None,
             "epoch": self.epoch,
             "batch": self.batch,
             "step": self.step,
@@ -467,6 +473,8 @@ class Trainer:
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.scheduler.load_state_dict(checkpoint["scheduler"])
         self.scaler.load_state_dict(checkpoint["scaler"])
+        if self.generated is not None:
+            self.generated.load_state_dict(checkpoint["generated"])
         self.epoch, self.batch, self.step = checkpoint["epoch"], checkpoint["batch"], checkpoint["step"]
         self.loss_sum.copy_(checkpoint["loss_sum"])
         self.best_rsum, self.history = checkpoint["best_rsum"], checkpoint["history"]

@@ -1,0 +1,207 @@
+"""Generated pictures in CLIP's training: a frozen GAN's (`--gan pairs`) or a GAN's that goes on learning (`joint`).
+
+With theta the parameters of CLIP, its temperature included, phi those of the generator G and psi those of the
+discriminator D, a step of `joint` lowers three losses, each for its own parameters alone:
+
+    theta:  CE(real pairs and [G(z, c)] with their captions)                    the contrastive loss, weighted
+    psi:    BCE(D(x, c), 1) + BCE(D([G], c), 0) / 2 + BCE(D(x, c'), 0) / 2 + R1     x real, c' a wrong caption
+    phi:    BCE(D(G(z, c), c), 1) + mu (1 - cos(f(G(z, c)), g(c)))              f, g: a slow, frozen copy of CLIP
+
+[.] stops the gradient. What each term reaches:
+
+    term                          theta   phi     psi
+    CE of real pairs              yes     -       -
+    CE of generated pairs         yes     no      -      else CLIP and G would agree on signs that nobody can see
+    BCE and R1 of D               no      no      yes    else CLIP would learn to tell generated pictures from real
+    BCE of G                      no      yes     no     it passes through D
+    match of G with its caption   no      yes     -      it passes through the frozen copy of CLIP
+
+A plain sum CE + lambda BCE over separate parameters would do nothing: no gradient would pass from one loss to the
+other's parameters, and Adam, which divides by the size of the gradients, would cancel lambda. Here the losses meet in
+two places: CLIP learns from G's pictures, and G learns from CLIP what matches its caption. For phi only the ratio of
+its two terms matters: mu is chosen in each step so that, at the pictures, the gradient of the second is `gan_match`
+times as long as that of the first.
+"""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from clip import autocast, load_model, update_average
+from config import InputError
+from dataset import TokenStore, pad_tokens, read_lines
+from gan import GAN, PictureStore, augment, load_checkpoint, load_generator, resize_pictures, save_generator
+from gan_networks import NOISE
+from index import embed_captions
+
+JUDGED_AMONG = 100  # captions from which a trained CLIP must find a picture's own
+COPY_DECAY = 0.99  # of the slow copy of CLIP, per step
+
+
+def gan_folder(config):
+    """The run whose GAN is used: the one named, or the one that this run trains before itself."""
+    return Path(config.gan_run or Path(config.run) / "first")
+
+
+def step_seed(*numbers):
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+class GeneratedPairs:
+    """Captioned pictures of a frozen generator for each step of a training.
+
+    A caption without a photograph is its own group; one of the training captions belongs to its photograph's, so that
+    the two, and other pictures for the same captions, never count as each other's negatives. The trained CLIP of the
+    GAN's run is the judge: a picture stays if its caption is in the first `gan_gate` of a hundred.
+    """
+
+    def __init__(self, config, pairs, model, device, dtype):
+        self.config, self.device, self.dtype = config, device, dtype
+        folder = gan_folder(config)
+        self.judge = load_model(folder, device).requires_grad_(False)
+        self.generator = load_generator(folder / "gan", device)
+        captions, image_ids = list(pairs.captions), pairs.image_index
+        if config.gan_captions:
+            captions = read_caption_list(config.gan_captions)
+            image_ids = group_captions(captions, pairs)
+        self.image_ids = torch.as_tensor(image_ids, device=device)  # (T,)
+        self.embeddings = embed_captions(self.judge, captions, description="embedding captions")  # (T, D)
+        self.tokens, self.pad_id = TokenStore(model.tokenizer, captions, model.max_length), model.tokenizer.pad_token_id
+        self.counts = torch.zeros(2, dtype=torch.int64, device=device)  # pictures made and kept, this epoch
+
+    @torch.no_grad()
+    def micro_batches(self, images, step, progress, rank=0):
+        """Generated micro-batches beside `images` real ones, at a share `progress` of the training; None: not now.
+
+        They depend on the seed and the step alone.
+        """
+        config = self.config
+        if not config.gan_ratio or not config.gan_start <= progress < config.gan_end:
+            return None
+        random = torch.Generator().manual_seed(step_seed(config.seed, step, rank, 1))
+        order = torch.randperm(len(self.tokens), generator=random)
+        others = order[-(JUDGED_AMONG - 1) :].to(self.device)
+        chosen = order[: round(config.gan_ratio * images)]
+        parts = -(-len(chosen) // (config.micro_batch_size or config.batch_size))
+        made = [self.make(part.to(self.device), others, random) for part in chosen.tensor_split(max(1, parts))]
+        return [batch for batch in made if batch is not None]
+
+    def make(self, chosen, others, random):
+        """One micro-batch of pictures for the captions with these numbers, those that fail the gate left out.
+
+        None if fewer than two are left: BatchNorm would stumble over a single one.
+        """
+        pictures = self.paint(chosen, random)
+        chosen_ids, kept = self.image_ids[chosen], self.passes(pictures, chosen, others)
+        self.counts += torch.stack([torch.tensor(len(kept), device=self.device), kept.sum()])
+        chosen, pictures, chosen_ids = chosen[kept], pictures[kept], chosen_ids[kept]
+        if len(chosen) < 2:
+            return None
+        input_ids, attention_mask = pad_tokens([self.tokens[number] for number in chosen.tolist()], self.pad_id)
+        return {
+            "images": pictures,
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "image_index": torch.arange(len(chosen)),
+            "image_ids": chosen_ids,
+            "weights": torch.full((len(chosen),), self.config.gan_weight, device=self.device),
+        }
+
+    def paint(self, chosen, random):
+        """(S, 3, size, size) pictures in [0, 1] for the captions with these numbers."""
+        noise = torch.randn(len(chosen), NOISE, generator=random).to(self.device)
+        with autocast(self.device, self.dtype):
+            pictures = (self.generator(noise, self.embeddings[chosen]) + 1) / 2
+        return resize_pictures(pictures, self.config.size)
+
+    def passes(self, pictures, chosen, others):
+        """(S,) whether the judge ranks each picture's own caption high enough among 99 others of other images."""
+        with autocast(self.device, self.dtype):
+            images = self.judge.encode_image(pictures)
+        own = (images * self.embeddings[chosen]).sum(1, keepdim=True)
+        above = (images @ self.embeddings[others].T >= own) & (
+            self.image_ids[chosen][:, None] != self.image_ids[others]
+        )
+        return above.sum(1) < self.config.gan_gate
+
+    def end_epoch(self, folder):
+        """What is noted about the epoch, a dict."""
+        made, kept = self.counts.tolist()
+        self.counts.zero_()
+        return {"generated": made, "dropped_by_gate": made - kept}
+
+    def state_dict(self):
+        return {"counts": self.counts}
+
+    def load_state_dict(self, state):
+        self.counts.copy_(state["counts"])
+
+
+def read_caption_list(path):
+    """The captions of a text file, one a line, without repetitions; raises InputError."""
+    if not Path(path).is_file():
+        raise InputError(f"gan_captions is {path}, which is not a file: give a text file with one caption a line")
+    captions = list(dict.fromkeys(read_lines(Path(path))))
+    if len(captions) < 2:
+        raise InputError(f"{path} holds {len(captions)} captions: give at least 2, one a line")
+    return captions
+
+
+def group_captions(captions, pairs):
+    """For each caption the number of the training image that has it, else a negative number of its own, a list."""
+    known = dict(zip(pairs.captions, pairs.image_index.tolist(), strict=True))
+    return [known.get(caption, -1 - number) for number, caption in enumerate(captions)]
+
+
+class LearningPairs(GeneratedPairs):
+    """As `GeneratedPairs`, from a GAN that goes on learning with CLIP: see the objective at the top of this file."""
+
+    def __init__(self, config, pairs, model, device, dtype):
+        super().__init__(config, pairs, model, device, dtype)
+        folder, architecture = gan_folder(config) / "gan", self.generator.architecture
+        self.store = PictureStore(self.judge, pairs, config, architecture.size, device)
+        self.gan = GAN(architecture, self.store.embeddings, config.gan_lr, device, dtype)
+        load_checkpoint(self.gan, folder)
+        self.generator = self.gan.average
+        self.copy = copy.deepcopy(model).requires_grad_(False).eval()
+        self.all_tokens = TokenStore(model.tokenizer, pairs.captions, model.max_length)
+
+    def learn(self, model, image_ids, step):
+        """A step of the discriminator and the generator on the pictures that CLIP has just learned from."""
+        update_average(self.copy, model, COPY_DECAY, step)
+        images = image_ids.to(self.device)[: self.config.gan_batch_size]
+        real, embeddings, captions = self.store.batch(images)
+        self.gan.train_step(real, embeddings, lambda fake, gradient: self.match_gradient(fake, captions, gradient))
+
+    def match_gradient(self, fake, captions, gradient):
+        """mu times the gradient, at the pictures (B, 3, S, S), of their distance from their captions in CLIP's eyes."""
+        ids, mask = pad_tokens([self.all_tokens[number] for number in captions.tolist()], self.pad_id)
+        fake = fake.detach().requires_grad_()
+        with autocast(self.device, self.dtype):
+            texts = self.copy.encode_text(ids.to(self.device), mask.to(self.device))
+            images = self.copy.encode_image(resize_pictures((augment(fake) + 1) / 2, self.config.size))
+        distance = (1 - F.cosine_similarity(images, texts)).mean()
+        (own,) = torch.autograd.grad(distance, fake)
+        return self.config.gan_match * gradient.norm() / own.norm().clamp(min=1e-12) * own
+
+    def end_epoch(self, folder):
+        (folder / "gan").mkdir(exist_ok=True)
+        save_generator(self.gan, folder / "gan")
+        return super().end_epoch(folder)
+
+    def state_dict(self):
+        return {**super().state_dict(), "gan": self.gan.state_dict(), "copy": self.copy.state_dict()}
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.gan.load_state_dict(state["gan"])
+        self.copy.load_state_dict(state["copy"])
+
+
+def generated_pairs(config, pairs, model, device, dtype):
+    """What `--gan` asks for, or None."""
+    kinds = {"none": lambda *_: None, "pairs": GeneratedPairs, "joint": LearningPairs}
+    return kinds[config.gan](config, pairs, model, device, dtype)
