@@ -1,7 +1,7 @@
 """Training throughput against a plain loop of the tutorial kind, and what a step costs beyond its forward and backward.
 
     python benchmarks/throughput.py
-    python benchmarks/throughput.py --model_name resnet18 --text_layers 2 --text_width 256 --size 96 --batch_size 32 --steps 4
+    python benchmarks/throughput.py --model_name resnet18 --text_layers 2 --text_width 256 --size 96 --batch_size 32
 
 Both loops train the same encoders from scratch on the same data with the same number of loader processes and the same
 number of images per step, in turn, in one run. The plain loop takes the (image, caption) pairs one by one, decodes the
