@@ -1,0 +1,186 @@
+"""How good a GAN's pictures are, as a CLIP sees them that was trained with another seed.
+
+`python benchmarks/gan_evaluate.py --run runs/demo/first --judge runs/other` paints one picture for one caption of each
+test image and reports, beside the same figures of the real test pictures at the GAN's size:
+
+- how often the right caption is the first, or among the first ten, of 100 captions of 100 images (chance: 1%, 10%);
+- the kernel distance of the judge's features to those of real test pictures (Binkowski et al. 2018, arXiv:1801.01401),
+  with real training pictures as the floor;
+- memorising: how often a picture lies closer to its nearest training picture than a real test picture does to its own
+  (50%: as close as real ones), and how many are closer than all but 1% of the test pictures (1%: as real ones);
+- variety: the mean distance between pictures of one caption, as a share of that between pictures of different captions;
+- on the drawn data set: how often the ground, and an object, has the colour that the caption names.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+from common import report  # noqa: E402
+
+from clip import load_model, setup_device  # noqa: E402
+from config import InputError, OneLineParser, exit_on_input_error  # noqa: E402
+from dataset import load_splits  # noqa: E402
+from gan import PictureStore, generate, load_generator, resize_pictures  # noqa: E402
+from index import embed_captions  # noqa: E402
+from shapes import COLOURS, GROUNDS  # noqa: E402
+
+AMONG = 100
+BATCH = 100
+
+
+def in_batches(function, *tensors):
+    return torch.cat([function(*parts) for parts in zip(*(tensor.split(BATCH) for tensor in tensors), strict=True)])
+
+
+def caption_places(images, texts, rng):
+    """(N,) the place of each picture's own caption among it and 99 captions of other pictures; (N, D) each."""
+    scores = (images @ texts.T).cpu().numpy()
+    others = min(AMONG - 1, len(scores) - 1)
+    places = np.empty(len(scores), dtype=np.int64)
+    for row, line in enumerate(scores):
+        chosen = rng.permutation(np.delete(np.arange(len(line)), row))[:others]
+        places[row] = 1 + (line[chosen] >= line[row]).sum()
+    return places
+
+
+def kernel_distance(a, b, rng, subsets=50, size=200):
+    """1000 times the unbiased squared maximum mean discrepancy of features (N, F) and (M, F): mean and deviation."""
+    values, size = [], min(size, len(a), len(b))
+    for _ in range(subsets):
+        x, y = (features[rng.permutation(len(features))[:size]].astype(np.float64) for features in (a, b))
+        width = x.shape[1]
+        xx, yy, xy = ((p @ q.T / width + 1) ** 3 for p, q in ((x, x), (y, y), (x, y)))
+        within = sum((k.sum() - np.trace(k)) / (size * (size - 1)) for k in (xx, yy))
+        values.append(1000 * (within - 2 * xy.mean()))
+    return float(np.mean(values)), float(np.std(values))
+
+
+def nearest(features, training):
+    """(N,) the distance of each row of unit vectors to the nearest training one."""
+    return torch.cdist(features, training).min(1).values.cpu().numpy()
+
+
+def variety(features):
+    """Of features (captions, pictures each, D): the mean distance within a caption over that between captions."""
+    captions, each, _ = features.shape
+    distances = torch.cdist(features.flatten(0, 1), features.flatten(0, 1))
+    owner = torch.arange(captions, device=features.device).repeat_interleave(each)
+    same = owner[:, None] == owner
+    within = distances[same].sum() / (same.sum() - len(owner))
+    return (within / distances[~same].mean()).item()
+
+
+# ---- colours of drawn pictures ----------------------------------------------------------------------------------
+
+
+def named_colours(caption):
+    """The ground and the two objects' colours that a caption of the drawn data set names; None for other captions."""
+    words = caption.lower().replace(".", " ").replace(",", " ").split()
+    grounds, colours = [word for word in words if word in GROUNDS], [word for word in words if word in COLOURS]
+    return (grounds[0], colours) if len(grounds) == 1 and len(colours) == 2 else None
+
+
+def seen_colours(picture):
+    """The ground's name and the objects' colours, the most frequent first, of a (3, S, S) picture in [0, 1]."""
+    pixels = (picture * 255).permute(1, 2, 0).cpu().numpy()  # (S, S, 3)
+    rim = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3), pixels[:, :2].reshape(-1, 3)])
+    ground = closest(np.median(rim, axis=0)[None], GROUNDS)[0]
+    names = closest(pixels.reshape(-1, 3), {**COLOURS, ground: GROUNDS[ground]})
+    counts = {name: names.count(name) for name in COLOURS}
+    return ground, sorted(counts, key=lambda name: -counts[name])
+
+
+def closest(pixels, palette):
+    distances = np.linalg.norm(pixels[:, None] - np.array(list(palette.values())), axis=2)
+    names = list(palette)
+    return [names[i] for i in distances.argmin(1)]
+
+
+def colours_right(pictures, captions):
+    """Of the pictures whose captions name colours: the share with the right ground, and of objects in theirs (%).
+
+    An object counts if its colour is among the picture's two most frequent ones (the first, where both have one).
+    """
+    ground_hits, object_hits = [], []
+    for picture, caption in zip(pictures, captions, strict=True):
+        named = named_colours(caption)
+        if named is not None:
+            ground, seen = seen_colours(picture)
+            ground_hits.append(ground == named[0])
+            object_hits += [colour in seen[: len(set(named[1]))] for colour in named[1]]
+    return (100 * np.mean(ground_hits), 100 * np.mean(object_hits)) if ground_hits else (None, None)
+
+
+# ---- the table --------------------------------------------------------------------------------------------------
+
+
+def evaluate(run, judge_run, device, seed=0):
+    """The rows of the table: the generator's pictures and the real test pictures at its size."""
+    clip, judge = load_model(run, device), load_model(judge_run, device)
+    if clip.config.seed == judge.config.seed:
+        raise InputError(f"run and judge were both trained with seed {clip.config.seed}: a judge needs another")
+    generator, rng = load_generator(Path(run) / "gan", device), np.random.default_rng(seed)
+    size, splits = generator.architecture.size, load_splits(clip.config)
+    test = splits["test"]
+    if len(test.files) < 2:
+        raise InputError("the run's data set has no test images to take unseen captions from")
+    chosen = np.array([rng.integers(a, b) for a, b in zip(test.first, test.first[1:], strict=False)])
+    captions = [test.captions[j] for j in chosen]
+    stores = {split: PictureStore(clip, splits[split], clip.config, size, device) for split in ("train", "test")}
+    generated = generate(generator, stores["test"].embeddings[chosen], seed)
+    real = stores["test"].pictures.float() / 255
+
+    def look(pictures):  # (N, F) features and (N, D) embeddings of the judge
+        features = in_batches(lambda x: judge.image_features(resize_pictures(x, judge.config.size)), pictures)
+        return features.cpu().numpy(), in_batches(judge.project_image, features)
+
+    texts = embed_captions(judge, captions)
+    train_features, train_embeddings = look(stores["train"].pictures.float() / 255)
+    real_features, real_embeddings = look(real)
+    several = stores["test"].embeddings[chosen[:50]].repeat_interleave(8, 0)
+    varied = look(generate(generator, several, seed + 1))[1].view(-1, 8, texts.shape[1])
+    from_real = nearest(real_embeddings, train_embeddings)
+    rows = []
+    for name, pictures in (("generated", generated), ("real test pictures at that size", real)):
+        features, embeddings = look(pictures)
+        places, distances = caption_places(embeddings, texts, rng), nearest(embeddings, train_embeddings)
+        closer = (distances[:, None] < from_real).mean() + 0.5 * (distances[:, None] == from_real).mean()
+        # What the real test pictures themselves are compared with are real training pictures: the floor.
+        distance, deviation = kernel_distance(features if name == "generated" else train_features, real_features, rng)
+        ground, objects = colours_right(pictures, captions)
+        rows.append(
+            {
+                "pictures": name,
+                "caption first of 100 (%)": round(100 * (places == 1).mean(), 1),
+                "in the first ten (%)": round(100 * (places <= 10).mean(), 1),
+                "kernel distance x 1000": f"{distance:.2f} +- {deviation:.2f}",
+                "closer to training pictures (%)": round(100 * closer, 1),
+                "closer than all but 1% of test (%)": round(100 * (distances < np.quantile(from_real, 0.01)).mean(), 1),
+                "variety": round(variety(varied), 2) if name == "generated" else "",
+                "ground's colour right (%)": "" if ground is None else round(ground, 1),
+                "objects' colours right (%)": "" if objects is None else round(objects, 1),
+            }
+        )
+    return rows
+
+
+@exit_on_input_error
+def main(argv=None):
+    parser = OneLineParser(prog="gan_evaluate.py", description="How good a GAN's pictures are.")
+    parser.add_argument("--run", required=True, help="the run whose gan/ is looked at")
+    parser.add_argument("--judge", required=True, help="a run of another seed on the same data")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    arguments = parser.parse_args(argv)
+    device, _ = setup_device(arguments.device)
+    with torch.no_grad():
+        rows = evaluate(arguments.run, arguments.judge, device)
+    report("gan_evaluate", rows, run=arguments.run, judge=arguments.judge)
+
+
+if __name__ == "__main__":
+    main()
