@@ -5,7 +5,6 @@ import textwrap
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image, ImageOps
 
 from config import InputError
@@ -26,7 +25,7 @@ def draw_grid(panels, path, columns=3):
     headings = [wrap(heading, width, 14) for heading, *_ in panels]
     rows = [-(-len(files) // columns) for _, files, _, _ in panels]
     heights = [3.5 * count + 0.28 * len(lines) + 0.2 for count, lines in zip(rows, headings, strict=True)]
-    figure = Figure(figsize=(width, sum(heights)), layout=layout())
+    figure = Figure(figsize=(width, sum(heights)), layout="constrained")
     parts = np.atleast_1d(figure.subfigures(len(panels), 1, height_ratios=heights))
     for part, lines, count, (_, files, titles, colours) in zip(parts, headings, rows, panels, strict=True):
         part.suptitle("\n".join(lines), fontsize=14)
@@ -36,11 +35,7 @@ def draw_grid(panels, path, columns=3):
         for axis, file, title, colour in zip(axes, files, titles, colours, strict=False):
             show_picture(axis, file, colour)
             axis.set_title(title, fontsize=10)
-    figure.savefig(path, dpi=80)
-
-
-def layout():
-    return ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08)  # inches around everything
+    save(figure, path)
 
 
 def wrap(text, width, size, lines=4):
@@ -50,10 +45,14 @@ def wrap(text, width, size, lines=4):
     return [line for part in parts for line in part]
 
 
+def save(figure, path):
+    figure.savefig(path, dpi=80, bbox_inches="tight", pad_inches=0.15)
+
+
 def show_picture(axis, file, colour=None, width=5):
     """A picture on an axis without ticks, in a coloured frame if a colour is given."""
     axis.imshow(open_picture(file))
-    axis.set(xticks=[], yticks=[])
+    axis.set(xticks=[], yticks=[], anchor="N")  # in a row, wide and tall pictures hang from one line
     for spine in axis.spines.values():
         spine.set(visible=colour is not None, color=colour or "white", linewidth=width)
 
@@ -62,19 +61,20 @@ def draw_bars(file, heading, names, values, colours, path, digits=2):
     """Save a picture beside horizontal bars, the first on top: what describes it, and how well."""
     names = ["\n".join(textwrap.wrap(name, 44, max_lines=3, placeholder=" ...")) for name in names]
     lines = sum(name.count("\n") + 1 for name in names)
-    figure = Figure(figsize=(11, max(4.0, 0.22 * lines + 0.22 * len(names) + 0.8)), layout=layout())
+    figure = Figure(figsize=(11, max(4.0, 0.22 * lines + 0.22 * len(names) + 0.8)), layout="constrained")
     figure.suptitle("\n".join(wrap(heading, 11, 14)), fontsize=14)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.25))
     show_picture(left, file)
-    places = np.arange(len(names))[::-1]
+    rows = max(len(names), 4)  # a single bar is not to fill the picture
+    places = rows - 1 - np.arange(len(names))
     right.barh(places, values, color=colours, height=0.6)
     for place, value in zip(places, values, strict=True):
         right.text(max(value, 0), place, f" {value:.{digits}f}", va="center", fontsize=10)
     right.set_yticks(places, names, fontsize=10)
-    right.set(xticks=[], xlim=(min(0, *values), max(max(values), 1e-6) * 1.18), ylim=(-0.6, len(names) - 0.4))
+    right.set(xticks=[], xlim=(min(0, *values), max(max(values), 1e-6) * 1.18), ylim=(-0.6, rows - 0.4))
     right.tick_params(left=False)
     right.spines[["top", "right", "bottom"]].set_visible(False)
-    figure.savefig(path, dpi=80)
+    save(figure, path)
 
 
 def draw_confusion(counts, labels, path, heading):
@@ -82,7 +82,7 @@ def draw_confusion(counts, labels, path, heading):
     counts = np.asarray(counts, dtype=float)
     shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
     side = max(4.6, 0.62 * len(labels) + 2.2)
-    figure = Figure(figsize=(side + 0.6, side), layout=layout())
+    figure = Figure(figsize=(side + 0.6, side), layout="constrained")
     axis = figure.add_subplot()
     image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=100)
     names = [textwrap.shorten(label, 22, placeholder=" ...") for label in labels]
@@ -97,7 +97,7 @@ def draw_confusion(counts, labels, path, heading):
             colour = "white" if shares[row, column] > 55 else "black"
             axis.text(column, row, f"{shares[row, column]:.0f}", ha="center", va="center", color=colour, fontsize=9)
     figure.colorbar(image, ax=axis, shrink=0.7, label="per cent of the true label's pictures")
-    figure.savefig(path, dpi=100)
+    save(figure, path)
 
 
 def open_picture(file, longest=320):
@@ -120,7 +120,7 @@ def draw_queries(model, pairs, store, path, rows=4, columns=5):
     columns = min(columns, len(pairs.files))
     scores = embed_captions(model, [pairs.captions[j] for j in chosen]) @ image_embeddings.T
     best = scores.topk(columns)
-    figure = Figure(figsize=(2.3 * columns, 2.75 * len(chosen)), layout=layout())
+    figure = Figure(figsize=(2.3 * columns, 2.75 * len(chosen)), layout="constrained")
     for row, part in enumerate(np.atleast_1d(figure.subfigures(len(chosen), 1))):
         caption = pairs.captions[chosen[row]]
         rank = int((scores[row] >= scores[row, pairs.image_index[chosen[row]]]).sum())
@@ -130,4 +130,4 @@ def draw_queries(model, pairs, store, path, rows=4, columns=5):
             own = image == pairs.image_index[chosen[row]]
             show_picture(axis, pairs.files[image], MATCH if own else None)
             axis.set_title(f"{best.values[row, column]:.2f}", fontsize=9)
-    figure.savefig(path, dpi=80)
+    save(figure, path)
