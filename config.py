@@ -146,6 +146,32 @@ PRESETS = {
         "gan_batch_size": 32,
         "gan_lr": 5e-4,
     },
+    # What measured best on Flickr8k's validation images, from scratch in ten minutes on two CPU cores (README). The
+    # mean of word vectors is as good as a Transformer there and costs nothing, so five captions come for the price
+    # of one.
+    "best": {
+        "model_name": "resnet10t",
+        "text_encoder_model": "cbow",
+        "text_tokenizer": "captions",
+        "text_width": 256,
+        "pretrained": False,
+        "size": 64,
+        "max_length": 40,
+        "captions_per_image": 5,
+        "num_workers": 1,
+        "crop_scale": 0.3,
+        "epochs": 24,
+        "batch_size": 128,
+        "image_encoder_lr": 1e-3,
+        "text_encoder_lr": 1e-3,
+        "head_lr": 1e-3,
+        "weight_decay": 0.3,
+        "dropout": 0.2,
+        "scheduler": "cosine",
+        "warmup_steps": 100,
+        "ema_decay": 0.99,
+        "precision": "bf16",
+    },
     # Radford et al. 2021 (arXiv:2103.00020), section 2.5 and table 18, ResNet columns.
     "paper": {
         "model_name": "RN50",
