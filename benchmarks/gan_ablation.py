@@ -1,0 +1,353 @@
+"""What generated pictures are worth to CLIP: arms times seeds, paired differences with 95% intervals.
+
+    python benchmarks/gan_ablation.py                                    the drawn data set, all seven arms, five seeds
+    python benchmarks/gan_ablation.py --share 0.1                        with a tenth of the training images
+    python benchmarks/gan_ablation.py --held_out 8                       eight colour-shape combinations in no training
+                                                                         image; generated from their captions
+    python benchmarks/gan_ablation.py --preset best --image_path ... --captions_path ...        Flickr8k
+
+Every arm of a seed starts from the same weights and sees the same real batches for the same number of steps:
+
+    real          real pairs only
+    pairs         and generated pictures with their captions
+    shuffled      the same, each with the caption of another: the negative control
+    blurred       in place of generated pictures the real ones, reduced to the generator's size: is it just blur?
+    captions      real pairs and variants of their captions (augmentation.py, meaning kept), no generated pictures
+    new_captions  generated pictures for captions that no photograph has (augmentation.py, meaning new)
+    joint         as pairs, from a GAN that goes on learning
+
+The data set, the first CLIP and its GAN are made once and shared by all seeds: the intervals say how sure the
+differences are for this data set and this GAN. Fewer than five seeds give no conclusion. Finished runs are kept in
+`--folder`; a stopped benchmark goes on where it was. Other flags are main.py's (default: --preset demo).
+"""
+
+import csv
+import dataclasses
+import math
+import statistics
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+from common import report  # noqa: E402
+
+import gan  # noqa: E402
+import training  # noqa: E402
+from augmentation import Neighbours, augment_captions, write_variants  # noqa: E402
+from clip import load_model  # noqa: E402
+from config import (  # noqa: E402
+    InputError,
+    OneLineParser,
+    build_config,
+    exit_on_input_error,
+    parse_flags,
+    read_json,
+    write_json,  # noqa: E402
+)
+from dataset import load_splits, read_captions  # noqa: E402
+from gan import PictureStore, resize_pictures  # noqa: E402
+from generated import GeneratedPairs  # noqa: E402
+from index import embed_captions, embed_images  # noqa: E402
+from shapes import COLOURS, SHAPES, all_scenes, captions_of, draw_sample, draw_scene  # noqa: E402
+
+ARMS = ("real", "pairs", "shuffled", "blurred", "captions", "new_captions", "joint")
+ENOUGH = 5  # seeds
+FIRST_SEED = 1000  # of the CLIP whose GAN is used: none of the arms' seeds
+NEW_CAPTIONS = 2000
+
+
+# ---- control arms -----------------------------------------------------------------------------------------------
+
+
+class Shuffled(GeneratedPairs):
+    """Pictures that pass the gate as they are, each then given the caption of the next."""
+
+    def make(self, chosen, others, random):
+        batch = super().make(chosen, others, random)
+        if batch is not None:
+            for name in ("input_ids", "attention_mask", "image_ids"):
+                batch[name] = batch[name].roll(1, 0)
+        return batch
+
+
+class Blurred(GeneratedPairs):
+    """The captions' own photographs at the generator's size in place of its pictures."""
+
+    def __init__(self, config, pairs, model, device, dtype):
+        super().__init__(config, pairs, model, device, dtype)
+        store = PictureStore(self.judge, pairs, config, self.generator.architecture.size, device)
+        self.photographs = store.pictures
+
+    def paint(self, chosen, random):
+        return resize_pictures(self.photographs[self.image_ids[chosen]].float() / 255, self.config.size)
+
+
+CONTROLS = {"shuffled": Shuffled, "blurred": Blurred}
+
+
+# ---- data -------------------------------------------------------------------------------------------------------
+
+
+def prepare_data(config, folder, share, held_out):
+    """The settings of the data set for this question, written into `folder` where it is a new one."""
+    if held_out:
+        draw_held_out(folder, config.sample_images, held_out, share)
+        return {"image_path": str(folder / "Images"), "captions_path": str(folder / "captions.txt"), "sample_images": 0}
+    if config.sample_images:
+        draw_sample(config.image_path, config.captions_path, config.sample_images)
+    if share == 1:
+        return {}
+    splits = load_splits(config)
+    names = splits["train"].names
+    kept = np.random.default_rng(0).permutation(len(names))[: max(2, round(share * len(names)))]
+    named = {"train": [names[i] for i in sorted(kept)], "dev": splits["validation"].names, "test": splits["test"].names}
+    frame = read_captions(config.captions_path)
+    everything = {name for part in named.values() for name in part}
+    rows = frame[frame["image"].isin(everything)].itertuples(index=False)
+    write_data(folder, list(rows), named)
+    return {"captions_path": str(folder / "captions.txt"), "sample_images": 0}
+
+
+def draw_held_out(folder, images, held_out, share):
+    """Draw a data set whose training and validation images lack `held_out` combinations of colour and shape.
+
+    Half of the 400 test images show one. The combinations spread over colours and shapes: none is new by itself.
+    `scenes.txt` lists captions of other scenes with them, for the generator.
+    """
+    if (folder / "captions.txt").exists():
+        return
+    rng = np.random.default_rng(0)
+    combinations = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+    absent = set(spread(combinations, held_out, rng))
+    scenes = all_scenes()
+    shuffled = [scenes[i] for i in rng.permutation(len(scenes))]
+    with_absent = [scene for scene in shuffled if {scene[1], scene[3]} & absent]
+    without = [scene for scene in shuffled if not {scene[1], scene[3]} & absent]
+    train = max(2, round(share * images))
+    parts = {
+        "train": without[:train],
+        "dev": without[train : train + 200],
+        "test": with_absent[:200] + without[train + 200 : train + 400],
+    }
+    (folder / "Images").mkdir(parents=True, exist_ok=True)
+    rows, named, number = [], {}, 0
+    for split, chosen in parts.items():
+        named[split] = []
+        for scene in chosen:
+            name, number = f"{split}_{number:05d}.jpg", number + 1
+            draw_scene(scene, rng).save(folder / "Images" / name, quality=92)
+            rows += [(name, caption) for caption in captions_of(scene)]
+            named[split].append(name)
+    for_generator = [caption for scene in with_absent[200 : 200 + NEW_CAPTIONS // 5] for caption in captions_of(scene)]
+    for_generator += [caption for scene in parts["train"] for caption in captions_of(scene)]
+    (folder / "scenes.txt").write_text("\n".join(for_generator) + "\n", encoding="utf-8")
+    write_json(folder / "held_out.json", {"combinations": sorted(absent), "test_images": named["test"][:200]})
+    write_data(folder, rows, named)
+
+
+def spread(combinations, number, rng):
+    """`number` (colour, shape) combinations, as evenly over colours and shapes as can be."""
+    chosen = []
+    for combination in sorted(combinations, key=lambda _: rng.random()):
+        most = [math.ceil(number / len(names)) for names in (COLOURS, SHAPES)]
+        used = [sum(combination[k] == other[k] for other in chosen) for k in (0, 1)]
+        if len(chosen) < number and used[0] < most[0] and used[1] < most[1]:
+            chosen.append(combination)
+    return chosen
+
+
+def write_data(folder, rows, named):
+    """A captions file and the official kind of split files; the captions last, so where they stand all is whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, names in named.items():
+        (folder / f"data.{split}Images.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
+    with open(folder / "captions.tmp", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("image", "caption"), *rows])
+    (folder / "captions.tmp").replace(folder / "captions.txt")
+
+
+# ---- runs -------------------------------------------------------------------------------------------------------
+
+
+def train_first(config, folder):
+    """The CLIP and the GAN that all arms share; their run's folder."""
+    first = dataclasses.replace(config, run=str(folder / "first"), gan="none", gan_run="", seed=FIRST_SEED)
+    if not (folder / "first" / "results.json").exists():
+        training.train(first)
+    gan.train_gan(first)
+    return str(folder / "first")
+
+
+def settings_of(arm, config, folder):
+    """What an arm changes in the settings."""
+    changes = {"gan": {"real": "none", "captions": "none", "joint": "joint"}.get(arm, "pairs")}
+    scenes = folder / "data" / "scenes.txt"
+    if scenes.exists() and arm in ("pairs", "shuffled", "joint"):
+        changes["gan_captions"] = str(scenes)
+    if arm == "new_captions":
+        changes["gan_captions"] = str(augmented(config, folder, "new"))
+    if arm == "captions":
+        changes["captions_path"] = str(augmented(config, folder, "kept"))
+        frame = read_captions(changes["captions_path"])
+        # All captions of an image at once: the same number of steps as the other arms have.
+        changes["captions_per_image"] = int(frame["image"].value_counts().max())
+    return changes
+
+
+def augmented(config, folder, meaning):
+    """The file with new captions, or with the captions and their variants."""
+    path = folder / meaning / "captions.txt"
+    if path.exists():
+        return path
+    pairs = load_splits(config)["train"]
+    neighbours = Neighbours(pairs.captions)
+    number = NEW_CAPTIONS if meaning == "new" else None
+    rows = augment_captions(pairs, neighbours, meaning, number=number)
+    path.parent.mkdir(exist_ok=True)
+    if meaning == "new":
+        write_variants(path, [row for row in rows if neighbours.knows(row[2])], pairs, meaning)
+        return path
+    frame = read_captions(config.captions_path)
+    variants = {}
+    for image, _, variant in rows:
+        variants.setdefault(pairs.names[image], []).append(variant)
+    groups = frame.groupby("image", sort=False)["caption"].agg(list).to_dict()
+    splits = load_splits(config)
+    named = {"train": splits["train"].names, "dev": splits["validation"].names, "test": splits["test"].names}
+    write_data(path.parent, [(n, c) for n, texts in groups.items() for c in [*texts, *variants.get(n, [])]], named)
+    return path
+
+
+def run_arm(arm, seed, config, folder, first):
+    """Train one arm with one seed, unless it has been; its test figures as a dict."""
+    place = folder / f"{arm}-{seed}"
+    if not (place / "test.json").exists():
+        changes = {"run": str(place), "seed": seed, "gan_run": first, **settings_of(arm, config, folder)}
+        trainer = training.Trainer(dataclasses.replace(config, **changes))
+        if arm in CONTROLS:
+            trainer.generated = CONTROLS[arm](
+                trainer.config, trainer.splits["train"], trainer.model, trainer.device, trainer.dtype
+            )
+            trainer.load_checkpoint()
+        trainer.fit()
+        write_json(place / "test.json", test_figures(similarities([place], config), config, folder))
+    return read_json(place / "test.json")
+
+
+def similarities(runs, config):
+    """(T, N) cosines of the test captions and images, the mean over the runs' models."""
+    test = load_splits(config)["test"]
+    models = [load_model(run) for run in runs]
+    return sum(embed_captions(m, test.captions) @ embed_images(m, test.files).T for m in models) / len(models)
+
+
+def test_figures(scores, config, folder):
+    """Text-to-image R@1 and R@5 (%), on all test captions and on those of held-out and of seen combinations."""
+    test = load_splits(config)["test"]
+    owner = torch.from_numpy(test.image_index)
+    own = scores.cpu().gather(1, owner[:, None])
+    ranks = (scores.cpu() >= own).sum(1)
+    parts = {"": torch.ones(len(owner), dtype=torch.bool)}
+    if (folder / "data" / "held_out.json").exists():
+        names = set(read_json(folder / "data" / "held_out.json")["test_images"])
+        held_out = torch.tensor([test.names[image] in names for image in owner.tolist()])
+        parts |= {" held-out": held_out, " seen": ~held_out}
+    return {
+        f"R@{k}{part}": 100 * (ranks[mask] <= k).double().mean().item() for part, mask in parts.items() for k in (1, 5)
+    }
+
+
+# ---- the table --------------------------------------------------------------------------------------------------
+
+
+def interval(differences):
+    """Mean and half-width of the 95% interval of paired differences (Student's t)."""
+    n = len(differences)
+    return statistics.mean(differences), student(n - 1) * statistics.stdev(differences) / math.sqrt(n)
+
+
+def student(freedom):
+    """The 97.5% quantile of Student's t with 4 or more degrees of freedom, within 1%: Abramowitz and Stegun 26.7.5."""
+    z = statistics.NormalDist().inv_cdf(0.975)
+    terms = [
+        z,
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    ]
+    return sum(term / freedom**power for power, term in enumerate(terms))
+
+
+def table(results, seeds):
+    """A row per arm: the mean of each figure, and its paired difference to `real` with the 95% interval.
+
+    results: {arm: {seed: {figure: value}}}.
+    """
+    rows = []
+    for arm, by_seed in results.items():
+        row = {"arm": arm}
+        for figure in by_seed[seeds[0]]:
+            values = [by_seed[seed][figure] for seed in seeds]
+            row[figure] = f"{statistics.mean(values):.1f}"
+            if arm == "real":
+                row[figure] += " (" + " ".join(f"{value:.1f}" for value in values) + ")"
+            elif len(seeds) < ENOUGH:
+                row[figure] += " (too few seeds)"
+            else:
+                differences = [by_seed[seed][figure] - results["real"][seed][figure] for seed in seeds]
+                mean, half = interval(differences)
+                row[figure] += f" ({mean:+.2f} +- {half:.2f}{', *' if abs(mean) > half else ''})"
+        rows.append(row)
+    return rows
+
+
+def ensemble_rows(config, folder, seeds, arm="pairs"):
+    """Figures of ensembles by seed: a plain run and one of `arm`, and two plain runs (its own and the next seed's)."""
+    following = dict(zip(seeds, [*seeds[1:], seeds[0]], strict=True))
+    pairs_of = {
+        f"real + {arm}": lambda seed: [folder / f"real-{seed}", folder / f"{arm}-{seed}"],
+        "real + real": lambda seed: [folder / f"real-{seed}", folder / f"real-{following[seed]}"],
+    }
+    return {
+        name: {seed: test_figures(similarities(runs(seed), config), config, folder) for seed in seeds}
+        for name, runs in pairs_of.items()
+    }
+
+
+@exit_on_input_error
+def main(argv=None):
+    parser = OneLineParser(prog="gan_ablation.py", description="What generated pictures are worth.", add_help=False)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(1, ENOUGH + 1)))
+    parser.add_argument("--share", type=float, default=1.0)
+    parser.add_argument("--held_out", type=int, default=0)
+    parser.add_argument("--folder", default="runs/ablation")
+    own, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    given = parse_flags(rest)
+    config = build_config(given if "image_path" in given else {**parse_flags(["--preset", "demo"]), **given})
+    if not 0 < own.share <= 1 or (own.held_out and not config.sample_images):
+        raise InputError("share must lie between 0 and 1, and combinations are held out of the drawn data set only")
+    folder = Path(own.folder) / f"share-{own.share:g}-held-out-{own.held_out}"
+    config = dataclasses.replace(config, **prepare_data(config, folder / "data", own.share, own.held_out))
+    first = train_first(config, folder)
+    results = {}
+    for arm in dict.fromkeys(["real", *own.arms]):
+        results[arm] = {}
+        for seed in own.seeds:
+            print(f"\n==== {arm}, seed {seed} ====", flush=True)
+            results[arm][seed] = run_arm(arm, seed, config, folder, first)
+    if "pairs" in results and len(own.seeds) > 1:
+        results |= ensemble_rows(config, folder, own.seeds)
+    rows = table(results, own.seeds)
+    note = "paired differences to real with 95% intervals; *: the interval excludes zero"
+    if len(own.seeds) < ENOUGH:
+        note = f"{len(own.seeds)} seeds: no conclusion is drawn from fewer than {ENOUGH}"
+    report(f"gan_ablation-{folder.name}", rows, note=note, seeds=own.seeds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""The benchmarks of the GAN: their statistics, their controls, and one whole tiny run."""
+
+import csv
+import statistics
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import gan_ablation  # noqa: E402
+import gan_evaluate  # noqa: E402
+from conftest import tiny_settings  # noqa: E402
+
+from shapes import COLOURS, SHAPES, all_scenes, captions_of, draw_scene  # noqa: E402
+
+# ---- statistics -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("freedom", "quantile"), [(4, 2.776), (5, 2.571), (9, 2.262), (19, 2.093)])
+def test_quantile_of_student(freedom, quantile):
+    assert gan_ablation.student(freedom) == pytest.approx(quantile, rel=0.01)
+
+
+def test_interval_holds_the_truth_as_often_as_it_says():
+    draws = np.random.default_rng(0).normal(3.0, 2.0, (2000, 5))
+    held = [abs(mean - 3.0) <= half for mean, half in map(gan_ablation.interval, draws.tolist())]
+    assert np.mean(held) == pytest.approx(0.95, abs=0.015)
+
+
+def test_table_pairs_the_seeds_and_does_not_conclude_from_few():
+    real = {1: {"R@1": 10.0}, 2: {"R@1": 30.0}, 3: {"R@1": 20.0}, 4: {"R@1": 50.0}, 5: {"R@1": 40.0}}
+    more = {
+        seed: {"R@1": figures["R@1"] + gain}
+        for (seed, figures), gain in zip(real.items(), (1, 2, 1, 2, 1.5), strict=True)
+    }
+    rows = gan_ablation.table({"real": real, "pairs": more}, [1, 2, 3, 4, 5])
+    half = 2.776 * statistics.stdev([1, 2, 1, 2, 1.5]) / 5**0.5
+    assert rows[1]["R@1"].startswith(f"31.5 (+1.50 +- {half:.1f}")
+    assert rows[1]["R@1"].endswith(", *)")
+    few = gan_ablation.table({"real": real, "pairs": more}, [1, 2, 3, 4])
+    assert few[1]["R@1"] == "29.0 (too few seeds)"
+
+
+def test_kernel_distance_equals_double_loops():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(12, 5)), rng.normal(0.5, 1, size=(12, 5))
+
+    def kernel(x, y):
+        return (sum(p * q for p, q in zip(x, y, strict=True)) / 5 + 1) ** 3
+
+    within = sum(kernel(x[i], x[j]) / (12 * 11) for x in (a, b) for i in range(12) for j in range(12) if i != j)
+    between = sum(kernel(x, y) for x in a for y in b) / 144
+    distance, deviation = gan_evaluate.kernel_distance(a, b, rng, subsets=3, size=12)
+    assert distance == pytest.approx(1000 * (within - 2 * between))
+    assert deviation == pytest.approx(0, abs=1e-9)  # the subsets are the whole
+
+
+def test_places_are_among_a_hundred():
+    texts = torch.eye(150)
+    images = texts.clone()
+    images[0] = -texts[0]  # below all others
+    places = gan_evaluate.caption_places(images, texts, np.random.default_rng(0))
+    assert places[0] == 100
+    assert (places[1:] == 1).all()
+
+
+def test_variety_is_none_for_copies_and_one_for_unrelated_pictures():
+    torch.manual_seed(0)
+    copies = torch.randn(10, 1, 8).expand(-1, 4, -1)
+    assert gan_evaluate.variety(copies) == pytest.approx(0, abs=1e-3)
+    assert gan_evaluate.variety(torch.randn(40, 4, 8)) == pytest.approx(1, abs=0.05)
+
+
+def test_colours_of_drawn_pictures_are_read_right():
+    rng = np.random.default_rng(0)
+    scenes = [all_scenes()[i] for i in rng.permutation(len(all_scenes()))[:40]]
+    pictures = [torch.from_numpy(np.array(draw_scene(s, rng).resize((32, 32)))).permute(2, 0, 1) / 255 for s in scenes]
+    captions = [captions_of(scene)[int(rng.integers(5))] for scene in scenes]
+    ground, objects = gan_evaluate.colours_right(pictures, captions)
+    assert ground == 100
+    assert objects >= 97
+    other_ground, other_objects = gan_evaluate.colours_right(pictures, captions[1:] + captions[:1])
+    assert other_ground < 50
+    assert other_objects < 60
+    assert gan_evaluate.colours_right(pictures[:1], ["Two dogs ."]) == (None, None)
+
+
+# ---- held-out combinations and controls -------------------------------------------------------------------------
+
+
+def test_held_out_combinations_are_spread_evenly():
+    combinations = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+    chosen = gan_ablation.spread(combinations, 8, np.random.default_rng(0))
+    assert len(set(chosen)) == 8
+    assert {colour for colour, _ in chosen} == set(COLOURS)
+    assert all(sum(shape == s for _, shape in chosen) == 2 for s in SHAPES)
+
+
+def test_whole_benchmark_in_small(tmp_path, monkeypatch, capsys):
+    saved = {}
+    monkeypatch.setattr(gan_ablation, "report", lambda name, rows, **more: saved.update(rows=rows, **more))
+    settings = {
+        **tiny_settings(tmp_path),
+        "image_path": "d/Images",
+        "captions_path": "d/captions.txt",
+        "sample_images": 24,
+        "captions_per_image": 5,
+        "gan_size": 32,
+        "gan_width": 4,
+        "gan_epochs": 1,
+        "gan_batch_size": 8,
+        "gan_gate": 100,
+        "gan_start": 0.0,
+        "gan_end": 1.0,
+    }
+    del settings["run"]
+    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    own = ["--held_out", "4", "--seeds", "1", "--folder", "out", "--arms", "shuffled", "blurred", "captions"]
+    gan_ablation.main([*own, *words])
+    assert [row["arm"] for row in saved["rows"]] == ["real", "shuffled", "blurred", "captions"]
+    assert "no conclusion" in saved["note"]
+    folder = tmp_path / "out" / "share-1-held-out-4"
+    absent = [tuple(pair) for pair in gan_ablation.read_json(folder / "data" / "held_out.json")["combinations"]]
+    words_for = {shape: {shape, second} for shape, second in SHAPES.items()}
+    with open(folder / "data" / "captions.txt", encoding="utf-8") as file:
+        rows = list(csv.reader(file))[1:]
+    tested = {split: [c for name, c in rows if name.startswith(split)] for split in ("train", "dev", "test")}
+
+    def shows(caption):
+        return any(f"{colour} {word}" in caption.lower() for colour, shape in absent for word in words_for[shape])
+
+    assert len(absent) == 4
+    assert not any(map(shows, tested["train"] + tested["dev"]))
+    assert sum(map(shows, tested["test"])) == 200 * 5
+    listed = (folder / "data" / "scenes.txt").read_text(encoding="utf-8").splitlines()
+    assert sum(map(shows, listed)) == gan_ablation.NEW_CAPTIONS
+    full = {caption for caption in tested["test"] if not caption.startswith("There")}  # those leave the relation out
+    assert not set(listed) & full
+    steps = [(folder / f"{arm}-1" / "metrics.jsonl").read_text(encoding="utf-8") for arm in ("real", "captions")]
+    assert all('"steps": 3,' in text for text in steps)  # variants of captions add no steps
+    # A second call trains nothing again.
+    before = (folder / "real-1" / "last.pt").stat().st_mtime_ns
+    gan_ablation.main([*own, *words])
+    assert (folder / "real-1" / "last.pt").stat().st_mtime_ns == before
+
+
+def test_shuffled_pairs_have_the_next_ones_caption_and_blurred_ones_the_photograph(tmp_path, tiny_config, trained_run):
+    import shutil
+
+    import gan
+    from generated import GeneratedPairs
+    from training import Trainer
+
+    shutil.copytree(trained_run, tmp_path / "first")
+    small = {"gan_size": 32, "gan_width": 4, "gan_epochs": 1, "gan_batch_size": 8}
+    gan.main(["--run", "first", *(word for name, value in small.items() for word in (f"--{name}", str(value)))])
+    trainer = Trainer(tiny_config(gan="pairs", gan_run=str(tmp_path / "first"), gan_gate=100, gan_ratio=1.0, size=64))
+    parts = trainer.config, trainer.splits["train"], trainer.model, trainer.device, trainer.dtype
+    plain, shuffled, blurred = (
+        kind(*parts).micro_batches(8, 0, 0.5)[0]
+        for kind in (GeneratedPairs, gan_ablation.Shuffled, gan_ablation.Blurred)
+    )
+    assert torch.equal(shuffled["images"], plain["images"])
+    assert shuffled["image_ids"].tolist() == plain["image_ids"].tolist()[-1:] + plain["image_ids"].tolist()[:-1]
+    assert torch.equal(shuffled["input_ids"], plain["input_ids"].roll(1, 0))
+    assert torch.equal(blurred["image_ids"], plain["image_ids"])
+    photographs = gan_ablation.Blurred(*parts).photographs
+    for picture, image in zip(blurred["images"], blurred["image_ids"], strict=True):
+        small = torch.nn.functional.interpolate(picture[None], (32, 32), mode="area")[0]
+        assert (small - photographs[image] / 255).abs().mean() < 0.05
