@@ -119,7 +119,7 @@ def report(name, rows, **more):
     for key, value in more.items():
         print(f"{key}: {value}")
     content = {
-        "command": " ".join(["python", Path(sys.argv[0]).as_posix(), *sys.argv[1:]]),
+        "command": " ".join(["python", Path(sys.argv[0]).resolve().relative_to(ROOT).as_posix(), *sys.argv[1:]]),
         "hardware": hardware(),
         "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}},
         "rows": rows,
