@@ -142,7 +142,7 @@ PRESETS = {
         "warmup_steps": 50,
         "gan_size": 32,
         "gan_width": 24,
-        "gan_epochs": 30,
+        "gan_epochs": 25,
         "gan_batch_size": 32,
         "gan_lr": 5e-4,
     },
