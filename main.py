@@ -89,8 +89,11 @@ def train_first(config):
     What a stopped run has already done is not done again.
     """
     import gan
+    import generated
     import training
 
+    if config.gan_captions:
+        generated.read_caption_list(config.gan_captions)  # what is wrong with it is said now, not at the third stage
     first = dataclasses.replace(config, run=f"{config.run}/first", gan="none")
     Path(first.run).mkdir(parents=True, exist_ok=True)
     write_json(Path(config.run) / "config.json", {**vars(config), "resume": False})  # so that it can be resumed

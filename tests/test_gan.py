@@ -413,6 +413,18 @@ def test_several_processes_do_not_train_one_gan(tiny_config, monkeypatch, refuse
     assert "a GAN learns in one" in refused(main.main, flags(tiny_config(gan="pairs", **TINY)))
 
 
+def test_a_missing_list_of_captions_is_refused_before_anything_is_trained(tiny_config, tmp_path, refused):
+    config = tiny_config(gan="pairs", gan_captions="nowhere.txt", **TINY)
+    assert "gan_captions is nowhere.txt" in refused(main.main, flags(config))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_without_a_gan_is_refused(tiny_config, trained_run, tmp_path, refused):
+    config = tiny_config(gan="pairs", gan_run=str(trained_run), **TINY)
+    assert "python gan.py --run" in refused(main.main, flags(config))
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
 # ---- joint ------------------------------------------------------------------------------------------------------
 
 
