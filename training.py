@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from calibration import calibration_of
 from clip import (
     CLIP,
     contrastive_backward,
@@ -41,7 +42,7 @@ from dataset import (
     train_tokenizer,
 )
 from generated import generated_pairs
-from index import Captions, run_encoder
+from index import Captions, open_run, run_encoder
 from inference import format_metrics
 from pictures import draw_queries
 from shapes import draw_sample
@@ -492,6 +493,7 @@ class Trainer:
             write_json(self.folder / "results.json", results)
             draw_curves(self.history, self.folder / "curves.png")
             draw_queries(best, self.splits[split], self.stores[split], self.folder / "matches.png")
+            calibration_of([open_run(self.folder, self.device)])  # kept, so that a search needs no validation pictures
             print(f"\n{split} split, {results['images']} images:\n{format_metrics(metrics)}")
             print(f"model, curves.png and matches.png are in {self.folder}")
             print(f'to search: python inference.py "a sentence" --run {self.folder.as_posix()}', flush=True)
