@@ -37,6 +37,9 @@ PAPER_IMAGE_ENCODERS = {
 }
 PRETRAINED = {"model_name": "--pretrained_image_encoder", "text_encoder_model": "--pretrained_text_encoder"}
 
+# Captions encoded at once on a CPU: of 8, 16 and 32 the fastest for DistilBERT on two cores, forward and backward.
+CPU_CAPTIONS = 16
+
 
 class ImageEncoder(nn.Module):
     """A timm image model without its classifier: (B, 3, H, W) float in [0, 1] -> (B, F)."""
@@ -76,6 +79,18 @@ class TextEncoder(nn.Module):
         return vars(config) if isinstance(config, SimpleNamespace) else config.to_dict()
 
     def forward(self, input_ids, attention_mask):
+        """On a CPU, captions of like length are encoded together; a GPU would lose more by waiting for the lengths."""
+        if input_ids.device.type != "cpu":
+            return self.encode(input_ids, attention_mask)
+        lengths = attention_mask.sum(1)
+        order = lengths.argsort(stable=True)
+        features = []
+        for rows in order.split(CPU_CAPTIONS):
+            longest = lengths[rows[-1]]
+            features.append(self.encode(input_ids[rows, :longest], attention_mask[rows, :longest]))
+        return torch.cat(features)[order.argsort()]
+
+    def encode(self, input_ids, attention_mask):
         hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # (T, L, F)
         if self.pooling == "cls":
             return hidden[:, 0]

@@ -16,7 +16,7 @@ from pathlib import Path
 from common import benchmark_config, in_fresh_process, report, spread
 
 COUNTS = (1, 2)
-PICTURES, ROUNDS, STEPS = 600, 3, 5  # so many pictures that one epoch holds all steps
+PICTURES, ROUNDS, STEPS = 400, 2, 3  # so many pictures that one epoch holds all steps
 DEFAULTS = {
     "model_name": "resnet18",
     "size": 96,

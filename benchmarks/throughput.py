@@ -1,7 +1,7 @@
 """Training throughput against a plain loop of the tutorial kind, and what a step costs beyond its forward and backward.
 
     python benchmarks/throughput.py
-    python benchmarks/throughput.py --model_name resnet18 --text_layers 2 --text_width 256 --size 96 --batch_size 32
+    python benchmarks/throughput.py --model_name resnet18 --text_layers 2 --text_width 256 --size 96 --steps 4
 
 Both loops train the same encoders from scratch on the same data with the same number of loader processes and the same
 number of images per step, in turn, in one run. The plain loop takes the (image, caption) pairs one by one, decodes the
@@ -129,12 +129,12 @@ def run(loop, steps):
 
 def main():
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--pictures", type=int, default=200)
     own, flags = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
-        config = benchmark_config(folder, flags, own.pictures, batch_size=8, captions_per_image=5)
+        config = benchmark_config(folder, flags, own.pictures, batch_size=16, captions_per_image=5)
         trainer = Trainer(config)
         measure(trainer, own.steps, own.rounds)
 

@@ -86,6 +86,24 @@ def test_text_encoder_pooling_does_not_see_the_padding(pooling):
         assert torch.allclose(features[row], expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_text_encoder_gives_each_caption_what_it_gives_it_alone(pooling):
+    """Captions of like length are encoded together: features and gradients stay at their caption's place."""
+    torch.manual_seed(0)
+    encoder, _ = load_text_encoder("distilbert-base-uncased", pooling, False, 100, layers=1, width=64)
+    encoder.eval()
+    lengths = torch.randint(2, 12, (2 * modules.CPU_CAPTIONS + 5,))
+    mask = (torch.arange(12) < lengths[:, None]).long()
+    ids = torch.randint(5, 100, mask.shape) * mask
+    alone = [encoder(ids[j : j + 1, :n], mask[j : j + 1, :n]) for j, n in enumerate(lengths.tolist())]
+    together, weights = encoder(ids, mask), torch.randn(len(ids), 64)
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-5)
+    parameters = [p for p in encoder.parameters() if p.requires_grad]
+    expected = torch.autograd.grad((torch.cat(alone) * weights).sum(), parameters, allow_unused=True)
+    found = torch.autograd.grad((together * weights).sum(), parameters, allow_unused=True)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_projection_head_of_one_layer_is_a_matrix():
     head = ProjectionHead(5, 3).eval()
     features = torch.randn(4, 5)
