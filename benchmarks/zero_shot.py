@@ -37,7 +37,7 @@ def draw_anew(folder, config, kind, number=400):
 
     known, rng = set(load_splits(config)["train"].captions), np.random.default_rng(1)
     part = {"colour": 0, "shape": 1}[kind]
-    scenes = [s for s in all_scenes() if s[1][part] == s[3][part] and not known & set(captions_of(s))]
+    scenes = [s for s in all_scenes() if s[1][part] == s[3][part] and captions_of(s)[0] not in known]
     chosen = [scenes[i] for i in rng.permutation(len(scenes))[:number]]
     files = [Path(folder) / f"{kind}_{i:04d}.png" for i in range(len(chosen))]
     for file, scene in zip(files, chosen, strict=True):
