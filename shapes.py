@@ -55,7 +55,7 @@ def captions_of(scene):
     """
     ground, (colour_a, shape_a), relation, (colour_b, shape_b) = scene
     a, b = f"{colour_a} {shape_a}", f"{colour_b} {shape_b}"
-    other_a, other_b = f"{colour_a} {SHAPES[shape_a]}", f"{colour_b} {SHAPES[shape_b]}"
+    other_a = f"{colour_a} {SHAPES[shape_a]}"
     inverse = RELATIONS[relation]
     captions = [
         f"{an(a)} is {relation} {an(b)} on {ground} .",
