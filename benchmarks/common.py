@@ -10,7 +10,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -87,6 +86,8 @@ def peak_memory(device="cpu"):
         import torch
 
         return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -134,12 +135,12 @@ def hardware():
     """The processor with its cores and memory, and the GPUs if there are any."""
     import torch
 
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return {
         "cpu": processor_name(),
         "cores": os.cpu_count(),
-        "memory_GB": round(memory / 1e9, 1),
+        "memory_GB": round(memory / 1e9, 1) or None,
         "gpus": [f"{gpu.name}, {gpu.total_memory / 1e9:.0f} GB" for gpu in gpus],
         "system": platform.system(),
     }
