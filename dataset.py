@@ -606,9 +606,8 @@ class TrainingPairs(Dataset):
 
 
 def prepare_worker(_):
-    """Loader processes leave Ctrl-C, and a cluster's SIGTERM, to the main process and do not fight over the cores."""
+    """Loader processes leave Ctrl-C to the main process and do not fight over the cores."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
 
