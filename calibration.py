@@ -16,6 +16,7 @@ from dataset import load_splits
 from index import embed_captions, embed_images
 
 GRID = np.linspace(-1, 1, 401)  # cosines
+WORTH_SAYING = 0.65  # the least share of right verdicts, on the validation split, with which they are given
 MOST_IMAGES = 1000  # of the validation split: enough for shares to a tenth of a per cent
 
 
@@ -60,10 +61,16 @@ def share_at_least(values):
 
 
 def threshold(calibration, direction, number):
-    """The cosine from which a result counts as a match among `number` pictures (or captions)."""
+    """The cosine from which a result counts as a match among `number` pictures (or captions).
+
+    None where the verdicts would be little better than a coin's: so many pictures, or so weak a model, that wrong
+    ones score as high as right ones.
+    """
     known = calibration[direction]
     quiet = (1 - np.array(known["wrong"])) ** (number / known["gallery"])  # nothing wrong reaches the cosine
     quality = np.array(known["right"]) + quiet
+    if quality.max() / 2 < WORTH_SAYING:
+        return None
     best = np.flatnonzero(quality >= quality.max() - 1e-9)
     return float(GRID[best[len(best) // 2]])  # the middle of a plateau
 

@@ -132,7 +132,7 @@ PRESETS = {
         "num_workers": 1,
         "crop_scale": 0.9,
         "color_jitter": 0.05,
-        "epochs": 8,
+        "epochs": 7,
         "batch_size": 64,
         "image_encoder_lr": 2e-3,
         "text_encoder_lr": 2e-3,

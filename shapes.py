@@ -49,7 +49,7 @@ def all_scenes():
 
 
 def captions_of(scene):
-    """Five different captions of a scene; the last leaves out the colours, as people leave things out.
+    """Five different captions of a scene; the last leaves out a colour, as people leave things out.
 
     Without it shapes are hardly learned: colours, ground and relation alone nearly always tell a batch's scenes apart.
     """
@@ -62,7 +62,7 @@ def captions_of(scene):
         f"{an(b)} {WORDS[inverse]} {an(a)} , on the {ground} .",
         f"On {ground} , {an(other_a)} {WORDS[relation]} {an(b)} .",
         f"The {b} is {inverse} the {other_a} on the {ground} .",
-        f"{an(shape_a)} {WORDS[relation]} {an(shape_b)} , on the {ground} .",
+        f"{an(a)} {WORDS[relation]} {an(shape_b)} , on the {ground} .",
     ]
     return [caption[0].upper() + caption[1:] for caption in captions]
 

@@ -522,7 +522,7 @@ def test_loader_processes_give_the_same_batches_as_none(tiny_config):
     spawned, _ = epoch(1, multiprocessing_context="spawn")  # as on Windows and macOS
     assert len(alone) == len(spawned) == sum(sampler.micro_batch_counts())
     for a, b in zip(alone, spawned, strict=True):
-        assert a.keys() == b.keys() == {"images", "input_ids", "attention_mask", "image_index"}
+        assert a.keys() == b.keys() == {"images", "image_ids", "input_ids", "attention_mask", "image_index"}
         assert all(torch.equal(a[name], b[name]) for name in a)
     # And a batch holds what its keys say.
     keys, batch = next(iter(sampler)), alone[0]
