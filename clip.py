@@ -225,7 +225,7 @@ def contrastive_loss(
         positives = t.exp() * (images[image_index] * texts).sum(-1)  # (T,)
         image_losses = F.softplus(over_texts[image_index] - positives)  # (T,): one for each (image, own caption)
         text_losses = F.softplus(over_images - positives)  # (T,)
-        captions_per_image = torch.bincount(image_index, minlength=rows).to(images.dtype)
+        captions_per_image = images.new_zeros(rows).index_add_(0, image_index, images.new_ones(len(texts)))
         image_losses = image_losses / captions_per_image[image_index]
         of_images, of_texts = total(rows, device, group), total(len(texts), device, group)
         if weights is not None:
@@ -519,7 +519,7 @@ def retrieval_metrics(image_embeddings, text_embeddings, image_index):
     metrics = {}
     for name, ranks in (("image_to_text", others_before + 1), ("text_to_image", torch.cat(text_ranks))):
         for k in (1, 5, 10):
-            metrics[f"{name}_R@{k}"] = 100 * (ranks <= k).double().mean().item()
+            metrics[f"{name}_R@{k}"] = 100 * int((ranks <= k).sum()) / len(ranks)
         metrics[f"{name}_median_rank"] = float(ranks.median())
     metrics["rsum"] = sum(value for name, value in metrics.items() if "R@" in name)
     return metrics

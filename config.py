@@ -371,7 +371,7 @@ def exit_on_input_error(main):
             return main(argv)
         except (InputError, OSError) as error:
             # An error raised in a loader process arrives wrapped in its traceback; its last line is the message.
-            line = str(error).strip().splitlines()[-1].removeprefix("config.InputError: ")
+            line = (str(error).strip().splitlines() or [repr(error)])[-1].removeprefix("config.InputError: ")
             print(f"error: {line}", file=sys.stderr)
             raise SystemExit(2) from None
 

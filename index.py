@@ -220,7 +220,7 @@ def update_index(path, owner, stamps, embed, digest):
         return old
     rows, digests = find_known(old, names, now, digest)
     new = np.flatnonzero(rows < 0)
-    embedded = embed([names[i] for i in new]).cpu() if len(new) else old.vectors[:0]
+    embedded = embed([names[i] for i in new]).cpu() if len(new) else old.vectors[:0].clone()
     vectors = torch.empty(len(names), embedded.shape[1])
     vectors[torch.from_numpy(new)] = embedded
     if old:

@@ -329,7 +329,7 @@ def print_answers(answers, arguments):
 
 
 def draw_answers(answers, arguments):
-    panels, rows, left, output = [], 0, 0, Path(arguments.output)
+    panels, rows, output = [], 0, Path(arguments.output)
     for each in answers:
         heading = each["query"] + ("\nno good match; the nearest:" if each["match"] is False else "")
         results = each["results"]
@@ -341,11 +341,13 @@ def draw_answers(answers, arguments):
             print(f"the captions are in {place}", file=sys.stderr)
             continue
         room = min(3 * (MOST_ROWS - rows), len(results))
-        left += len(results) - room
         if room:
             titles = [picture_title(result) for result in results[:room]]
             panels.append((heading, [r["file"] for r in results[:room]], titles, colours[:room]))
             rows += -(-room // 3)
+    if not panels:
+        print("there is no picture to show", file=sys.stderr)
+        return
     draw_grid(panels, output)
     left = sum(len(a["results"]) for a in answers if a["kind"] == "images") - sum(
         len(files) for _, files, _, _ in panels

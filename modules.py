@@ -392,7 +392,7 @@ def load_text_config(name):
         return SimpleNamespace(model_type="cbow", hidden_size=512)
 
     def load(**options):
-        return AutoConfig.from_pretrained(name, **options)
+        return AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
 
     return from_cache_or_network(load, "text_encoder_model", name, f"--text_encoder_model {DISTILBERT}")
 
@@ -443,7 +443,7 @@ def load_tokenizer(name):
     from transformers import AutoTokenizer
 
     def load(**options):
-        return AutoTokenizer.from_pretrained(name, **options)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
 
     return from_cache_or_network(load, "text_tokenizer", name, "--text_tokenizer captions")
 

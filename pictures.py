@@ -2,6 +2,7 @@
 
 import textwrap
 
+import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -11,6 +12,7 @@ from config import InputError
 from dataset import EvaluationImages
 from index import embed_captions, run_encoder
 
+matplotlib.rcParams["text.parse_math"] = False  # a dollar in a caption or a file name is a dollar
 MATCH, WEAK = "limegreen", "lightgrey"  # frames and bars: a match, or not
 
 
@@ -116,7 +118,8 @@ def draw_queries(model, pairs, store, path, rows=4, columns=5):
     """For a few captions of a split, the best matching pictures; the caption's own has a green frame."""
     images = EvaluationImages(store, range(len(store)), model.config.size)
     image_embeddings = run_encoder(model.encode_image, images, model.device)
-    chosen = np.random.default_rng(0).permutation(len(pairs.captions))[:rows]
+    rng = np.random.default_rng(0)
+    chosen = [rng.integers(*pairs.first[i : i + 2]) for i in rng.permutation(len(pairs.files))[:rows]]
     columns = min(columns, len(pairs.files))
     scores = embed_captions(model, [pairs.captions[j] for j in chosen]) @ image_embeddings.T
     best = scores.topk(columns)

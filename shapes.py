@@ -117,7 +117,7 @@ def draw_shape(draw, shape, x, y, radius, colour):
 def draw_sample(image_path, captions_path, train_images, validation_images=200, test_images=400, seed=0):
     """Write the sample data set in Kaggle's layout, with official-style split files; deterministic by seed.
 
-    No scene is drawn twice, so no picture shares its captions with another. An existing captions file is left
+    No scene is drawn twice, so no picture shares its set of captions with another. An existing captions file is left
     alone: it is written last, so where it stands the data set is whole.
     """
     image_path, captions_path = Path(image_path), Path(captions_path)

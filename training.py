@@ -176,7 +176,8 @@ class Trainer:
         self.scheduler = build_scheduler(self.optimizer, config, self.sampler.batches)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.epoch, self.batch, self.step = 0, 0, 0  # epochs done, batches of this one done, steps in all
-        self.loss_sum = torch.zeros((), device=self.device, dtype=torch.float64)
+        exact = torch.float32 if self.device.type == "mps" else torch.float64  # MPS has no float64
+        self.loss_sum = torch.zeros((), device=self.device, dtype=exact)
         self.best_rsum, self.history = -1.0, []
         self.generated = generated_pairs(config, self.splits["train"], self.model, self.device, self.dtype)
         self.stop_requested = False
@@ -432,6 +433,7 @@ class Trainer:
         """
         if self.rank:
             return
+        self.check_loss(self.loss_sum)  # a run that has diverged must not overwrite what came before
         checkpoint = {
             "model": self.model.state_dict(),
             "average": self.average.state_dict() if self.average is not None else None,

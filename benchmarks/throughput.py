@@ -63,7 +63,7 @@ class TutorialLoop:
     def step(self, batch):
         batch = {key: value.to(self.device) for key, value in batch.items()}
         image_features = self.model.image_encoder.backbone(batch["image"])
-        text_features = self.model.text_encoder(batch["input_ids"], batch["attention_mask"])
+        text_features = self.model.text_encoder.encode(batch["input_ids"], batch["attention_mask"])
         images, texts = self.model.project_image(image_features), self.model.project_text(text_features)
         logits = self.model.logit_scale.exp() * images @ texts.T
         labels = torch.arange(len(logits), device=self.device)

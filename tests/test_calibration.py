@@ -101,3 +101,10 @@ def test_calibration_uses_validation_pictures(trained_run, tmp_path):
     found = calibration_of([run])["text_to_image"]
     k = int(np.searchsorted(GRID, np.median(own)))
     assert found["right"][k] == pytest.approx((own >= GRID[k]).mean(), abs=1 / 40 + 1e-9)
+
+
+def test_threshold_is_none_where_verdicts_would_be_a_coins():
+    calibration, *_ = made_up()
+    known = calibration["text_to_image"]
+    known["wrong"] = known["right"]  # a model whose wrong answers score as high as its right ones
+    assert threshold(calibration, "text_to_image", 100) is None

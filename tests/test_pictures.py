@@ -73,3 +73,10 @@ def test_confusion_matrix_of_few_and_many_labels(tmp_path, number):
     draw_confusion(counts, labels, tmp_path / "c.png", LONG)
     full = coloured(tmp_path / "c.png", (8, 48, 107))  # the darkest blue: 100 per cent
     assert full > 500 * (number - 1)
+
+
+def test_dollars_are_only_dollars(tmp_path):
+    file = tmp_path / "a$b__c$d.jpg"
+    draw_picture(file)
+    draw_grid([("$100% off$ and $x__y$", [file], [file.name], [None])], tmp_path / "grid.png")
+    assert Image.open(tmp_path / "grid.png").size[0] > 100
