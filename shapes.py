@@ -49,20 +49,17 @@ def all_scenes():
 
 
 def captions_of(scene):
-    """Five different captions of a scene; the last leaves out a colour, as people leave things out.
-
-    Without it shapes are hardly learned: colours, ground and relation alone nearly always tell a batch's scenes apart.
-    """
+    """Five different captions of a scene; all name both objects and the ground, four name the relation."""
     ground, (colour_a, shape_a), relation, (colour_b, shape_b) = scene
     a, b = f"{colour_a} {shape_a}", f"{colour_b} {shape_b}"
-    other_a = f"{colour_a} {SHAPES[shape_a]}"
+    other_a, other_b = f"{colour_a} {SHAPES[shape_a]}", f"{colour_b} {SHAPES[shape_b]}"
     inverse = RELATIONS[relation]
     captions = [
         f"{an(a)} is {relation} {an(b)} on {ground} .",
         f"{an(b)} {WORDS[inverse]} {an(a)} , on the {ground} .",
         f"On {ground} , {an(other_a)} {WORDS[relation]} {an(b)} .",
         f"The {b} is {inverse} the {other_a} on the {ground} .",
-        f"{an(a)} {WORDS[relation]} {an(shape_b)} , on the {ground} .",
+        f"there is {an(a)} and {an(other_b)} on the {ground} .",
     ]
     return [caption[0].upper() + caption[1:] for caption in captions]
 
@@ -117,7 +114,7 @@ def draw_shape(draw, shape, x, y, radius, colour):
 def draw_sample(image_path, captions_path, train_images, validation_images=200, test_images=400, seed=0):
     """Write the sample data set in Kaggle's layout, with official-style split files; deterministic by seed.
 
-    No scene is drawn twice, so no picture shares its set of captions with another. An existing captions file is left
+    No scene is drawn twice, so no picture shares its captions with another. An existing captions file is left
     alone: it is written last, so where it stands the data set is whole.
     """
     image_path, captions_path = Path(image_path), Path(captions_path)

@@ -53,10 +53,7 @@ def test_captions_name_the_objects_and_the_ground():
     for scene in all_scenes()[::97]:
         ground, (colour_a, _), _, (colour_b, _) = scene
         for caption in captions_of(scene):
-            assert ground in caption.lower().split()
-        for caption in captions_of(scene)[:4]:
-            assert {colour_a, colour_b} <= set(caption.lower().split())
-        assert set(COLOURS) & set(captions_of(scene)[4].lower().split()) == {colour_a}  # the last leaves one out
+            assert {ground, colour_a, colour_b} <= set(caption.lower().split())
 
 
 @pytest.mark.parametrize("relation", ["left of", "above"])
