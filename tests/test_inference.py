@@ -128,8 +128,8 @@ def test_sentence_searches_the_test_pictures(run, capsys, sample):
     expected = expected_scores(run, gallery, (1, "a red circle"))
     check(found["results"], {file.as_posix(): expected[file.as_posix()] for file in pairs.files}, 3)
     assert found["searched"] == 10 and found["kind"] == "images" and found["query"] == "a red circle"
-    assert all(isinstance(result["match"], bool) for result in found["results"])
-    assert found["match"] == any(result["match"] for result in found["results"])
+    assert found["match"] is None  # of a model that has learned nothing no verdict is worth saying
+    assert all(result["match"] is None for result in found["results"])
 
 
 def test_several_sentences_and_the_lines_for_pipes(run, gallery, capsys):
@@ -143,7 +143,7 @@ def test_several_sentences_and_the_lines_for_pipes(run, gallery, capsys):
         expected = expected_scores(run, gallery, (1, query))
         best = sorted(expected, key=expected.get, reverse=True)[:2]
         assert scores == {file: pytest.approx(expected[file], abs=1e-4) for file in best}
-    assert {line[2] for line in lines} <= {"match", "weak"} and {line[3] for line in lines} == {"images"}
+    assert {line[2] for line in lines} == {"-"} and {line[3] for line in lines} == {"images"}
     assert Image.open("matches.png").size[0] > 100
 
 
