@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -78,7 +79,7 @@ def assert_identical(folder, expected_folder):
 # Everything that could break exactness is on: dropout, crops, jitter, two captions an image, micro-batches, moving
 # average, BatchNorm, the cosine schedule. 9 steps an epoch.
 EXACT = {
-    "epochs": 2,
+    "epochs": 3,
     "captions_per_image": 2,
     "micro_batch_size": 5,
     "ema_decay": 0.9,
@@ -108,19 +109,20 @@ def wait_for_checkpoints(process, path, number):
         seen, last = seen + (now != last), now
 
 
-def test_a_run_killed_and_resumed_equals_the_uninterrupted_one(tiny_config, uninterrupted, tmp_path):
-    """SIGKILL (on Windows its like) to a real process: in the first epoch, and in the second."""
-    config, output = tiny_config(**EXACT, num_workers=1), tmp_path / "output.txt"
+def test_a_run_killed_five_times_equals_the_uninterrupted_one(tiny_config, uninterrupted, tmp_path):
+    """SIGKILL (on Windows its like) to a real process: five times, each at a random moment of the first 27 steps."""
+    config, output, random = tiny_config(**EXACT, num_workers=1), tmp_path / "output.txt", np.random.default_rng()
     words = [ROOT / "main.py", *flags(config)]
-    for checkpoints in (3, 9):
+    for _ in range(5):
         process = start(*words, output=output)
-        wait_for_checkpoints(process, Path(config.run) / "last.pt", checkpoints)
+        wait_for_checkpoints(process, Path(config.run) / "last.pt", random.integers(1, 5))
+        time.sleep(random.uniform(0, 0.02))  # in the middle of a step, or of the next checkpoint
         process.kill()
         assert process.wait() != 0
         assert not (Path(config.run) / "results.json").exists()
         words = [ROOT / "main.py", "--resume", "--run", config.run]
     assert start(*words, output=output).wait() == 0, output.read_text(encoding="utf-8")
-    assert output.read_text(encoding="utf-8").count("resuming") == 2
+    assert output.read_text(encoding="utf-8").count("resuming") == 5
     assert_identical(config.run, uninterrupted)
 
 
@@ -444,7 +446,8 @@ def test_the_average_is_what_is_evaluated_and_saved(tiny_config):
     assert not torch.equal(average["text_projection.layers.1.weight"], own["text_projection.layers.1.weight"])
     metrics, loss = trainer.evaluate("validation", best)
     assert metrics == {name: trainer.history[-1][name] for name in metrics}
-    assert loss == trainer.history[-1]["validation_loss"]
+    # The saved model lies in memory in another order than the trained one, and a sum in another order rounds otherwise.
+    assert loss == pytest.approx(trainer.history[-1]["validation_loss"], rel=1e-5)
 
 
 # ---- encoders from folders --------------------------------------------------------------------------------------
