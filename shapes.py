@@ -14,17 +14,16 @@ from tqdm import tqdm
 
 from config import InputError
 
+# Few colours and shapes that are told apart at 32 pixels: in a batch, two pictures then often differ in a shape alone,
+# so that shapes have to be learned and not only colours.
 COLOURS = {
     "red": (222, 42, 42),
-    "orange": (248, 140, 24),
     "yellow": (252, 226, 42),
     "green": (64, 214, 74),
-    "cyan": (60, 222, 226),
     "blue": (44, 78, 232),
     "purple": (140, 52, 190),
-    "pink": (252, 140, 196),
 }
-SHAPES = {"circle": "disc", "square": "box", "triangle": "wedge", "star": "starlet"}  # with a second word for each
+SHAPES = {"ring": "hoop", "square": "box", "triangle": "wedge", "cross": "plus"}  # with a second word for each
 GROUNDS = {
     "grass": (38, 104, 44),
     "sand": (214, 190, 140),
@@ -76,13 +75,13 @@ def draw_scene(scene, rng):
     image = Image.fromarray(ground_texture(GROUNDS[ground], rng)).resize((side, side), Image.Resampling.BILINEAR)
     draw = ImageDraw.Draw(image)
     dx, dy = OFFSETS[relation]
-    centre = side / 2 + rng.uniform(-0.06, 0.06, 2) * side
-    gap = rng.uniform(0.22, 0.27) * side
+    centre = side / 2 + rng.uniform(-0.04, 0.04, 2) * side
+    gap = rng.uniform(0.24, 0.27) * side
     for (colour, shape), sign in ((first, 1), (second, -1)):
         sway = rng.uniform(-0.08, 0.08) * side
         x = centre[0] + sign * dx * gap + abs(dy) * sway
         y = centre[1] + sign * dy * gap + abs(dx) * sway
-        radius = rng.uniform(0.13, 0.19) * side
+        radius = rng.uniform(0.17, 0.22) * side
         tint = np.clip(np.array(COLOURS[colour]) + rng.integers(-10, 11, 3), 0, 255)
         draw_shape(draw, shape, x, y, radius, tuple(int(v) for v in tint))
     return image.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
@@ -96,19 +95,23 @@ def ground_texture(colour, rng):
 
 
 def draw_shape(draw, shape, x, y, radius, colour):
-    outline = tuple(value // 2 for value in colour)
-    width = max(2, int(radius / 10))
-    if shape == "circle":
-        draw.ellipse([x - radius, y - radius, x + radius, y + radius], colour, outline, width)
-    elif shape == "square":
-        half = radius * 0.88
-        draw.rectangle([x - half, y - half, x + half, y + half], colour, outline, width)
-    else:
-        corners = 3 if shape == "triangle" else 10
-        angles = np.arange(corners) * 2 * np.pi / corners - np.pi / 2
-        radii = radius * (np.full(3, 1.15) if corners == 3 else np.tile([1.2, 0.5], 5))
-        points = [(x + r * np.cos(t), y + r * np.sin(t)) for r, t in zip(radii, angles, strict=True)]
-        draw.polygon(points, colour, outline, width)
+    """A shape of that radius, pixels, about (x, y), its outline darker than its colour."""
+    outline, width = tuple(value // 2 for value in colour), max(2, int(radius / 10))
+    if shape == "ring":
+        rim = int(0.55 * radius)
+        for inset, tint, thick in ((0, outline, rim), (width, colour, rim - 2 * width)):
+            r = radius - inset
+            draw.ellipse([x - r, y - r, x + r, y + r], None, tint, thick)
+        return
+    corners = {
+        "square": [(0.88, 0.88), (-0.88, 0.88), (-0.88, -0.88), (0.88, -0.88)],
+        "triangle": [(0, -1.1), (1.05, 0.8), (-1.05, 0.8)],
+        "cross": [
+            *[(-0.36, -1.05), (0.36, -1.05), (0.36, -0.36), (1.05, -0.36), (1.05, 0.36), (0.36, 0.36)],
+            *[(0.36, 1.05), (-0.36, 1.05), (-0.36, 0.36), (-1.05, 0.36), (-1.05, -0.36), (-0.36, -0.36)],
+        ],
+    }
+    draw.polygon([(x + radius * u, y + radius * v) for u, v in corners[shape]], colour, outline, width)
 
 
 def draw_sample(image_path, captions_path, train_images, validation_images=200, test_images=400, seed=0):

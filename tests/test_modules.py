@@ -92,7 +92,7 @@ def test_text_encoder_gives_each_caption_what_it_gives_it_alone(pooling):
     torch.manual_seed(0)
     encoder, _ = load_text_encoder("distilbert-base-uncased", pooling, False, 100, layers=1, width=64)
     encoder.eval()
-    lengths = torch.randint(2, 12, (2 * modules.CPU_CAPTIONS + 5,))
+    lengths = torch.randint(2, 12, (2 * modules.CPU_CAPTIONS_TIMES_WIDTH // 64 + 5,))
     mask = (torch.arange(12) < lengths[:, None]).long()
     ids = torch.randint(5, 100, mask.shape) * mask
     alone = [encoder(ids[j : j + 1, :n], mask[j : j + 1, :n]) for j, n in enumerate(lengths.tolist())]

@@ -59,9 +59,8 @@ def test_captions_name_the_objects_and_the_ground():
 @pytest.mark.parametrize("relation", ["left of", "above"])
 def test_pictures_show_colours_and_relation(relation):
     # The mean place of the pixels near a colour is where its object stands.
-    names = ["red", "yellow", "green", "cyan", "blue"]
-    for number, (first, second) in enumerate(combinations(names, 2)):
-        scene = ("asphalt", (first, "circle"), relation, (second, "square"))
+    for number, (first, second) in enumerate(combinations(COLOURS, 2)):
+        scene = ("asphalt", (first, "triangle"), relation, (second, "square"))
         pixels = np.asarray(draw_scene(scene, np.random.default_rng(number)), dtype=float)
         assert pixels.shape == (SIDE, SIDE, 3)
         places = {}
@@ -77,7 +76,7 @@ def test_pictures_show_colours_and_relation(relation):
 
 @pytest.mark.parametrize("ground", sorted(GROUNDS))
 def test_pictures_show_the_ground(ground):
-    pixels = np.asarray(draw_scene((ground, ("red", "star"), "above", ("pink", "star")), np.random.default_rng(0)))
+    pixels = np.asarray(draw_scene((ground, ("red", "ring"), "above", ("blue", "cross")), np.random.default_rng(0)))
     corners = np.concatenate([pixels[:8, :8].reshape(-1, 3), pixels[-8:, -8:].reshape(-1, 3)])
     nearest = min(GROUNDS, key=lambda name: np.linalg.norm(corners.mean(0) - GROUNDS[name]))
     assert nearest == ground
