@@ -1,12 +1,13 @@
 """What generated pictures are worth to CLIP: arms times seeds, paired differences with 95% intervals.
 
-    python benchmarks/gan_ablation.py                                    the drawn data set, all seven arms, five seeds
+    python benchmarks/gan_ablation.py                                    the drawn data set, all arms, five seeds
     python benchmarks/gan_ablation.py --share 0.1                        with a tenth of the training images
-    python benchmarks/gan_ablation.py --held_out 8                       eight colour-shape combinations in no training
+    python benchmarks/gan_ablation.py --share 0.25 --held_out 8          eight colour-shape combinations in no training
                                                                          image; generated from their captions
     python benchmarks/gan_ablation.py --preset best --image_path ... --captions_path ...        Flickr8k
 
-Every arm of a seed starts from the same weights and sees the same real batches for the same number of steps:
+Every arm of a seed starts from the same weights and sees the same real batches for the same number of steps (fewer
+images are shown more often: epochs are divided by the share):
 
     real          real pairs only
     pairs         and generated pictures with their captions
@@ -14,10 +15,13 @@ Every arm of a seed starts from the same weights and sees the same real batches 
     blurred       in place of generated pictures the real ones, reduced to the generator's size: is it just blur?
     captions      real pairs and variants of their captions (augmentation.py, meaning kept), no generated pictures
     new_captions  generated pictures for captions that no photograph has (augmentation.py, meaning new)
+    sentences     the same for captions of scenes that were never drawn (few pictures, many sentences)
     joint         as pairs, from a GAN that goes on learning
 
+With combinations held out, pairs, shuffled and joint make pictures for captions with them and for training captions.
 The data set, the first CLIP and its GAN are made once and shared by all seeds: the intervals say how sure the
-differences are for this data set and this GAN. Fewer than five seeds give no conclusion. Finished runs are kept in
+differences are for this data set and this GAN. Settings are to be chosen with another `--data_seed`, which draws other
+pictures and holds out other combinations. Fewer than five seeds give no conclusion. Finished runs are kept in
 `--folder`; a stopped benchmark goes on where it was. Other flags are main.py's (default: --preset demo).
 """
 
@@ -54,7 +58,7 @@ from generated import GeneratedPairs  # noqa: E402
 from index import embed_captions, embed_images  # noqa: E402
 from shapes import COLOURS, SHAPES, all_scenes, captions_of, draw_sample, draw_scene  # noqa: E402
 
-ARMS = ("real", "pairs", "shuffled", "blurred", "captions", "new_captions", "joint")
+ARMS = ("real", "pairs", "shuffled", "blurred", "captions", "new_captions", "sentences", "joint")
 ENOUGH = 5  # seeds
 FIRST_SEED = 1000  # of the CLIP whose GAN is used: none of the arms' seeds
 NEW_CAPTIONS = 2000
@@ -92,27 +96,38 @@ CONTROLS = {"shuffled": Shuffled, "blurred": Blurred}
 # ---- data -------------------------------------------------------------------------------------------------------
 
 
-def prepare_data(config, folder, share, held_out):
+def prepare_data(config, folder, share, held_out, data_seed):
     """The settings of the data set for this question, written into `folder` where it is a new one."""
+    epochs = {name: round(getattr(config, name) / share) for name in ("epochs", "gan_epochs")}
+    drawn = {"image_path": str(folder / "Images"), "captions_path": str(folder / "captions.txt"), "sample_images": 0}
     if held_out:
-        draw_held_out(folder, config.sample_images, held_out, share)
-        return {"image_path": str(folder / "Images"), "captions_path": str(folder / "captions.txt"), "sample_images": 0}
+        draw_held_out(folder, config.sample_images, held_out, share, data_seed)
+        return {**drawn, **epochs}
     if config.sample_images:
-        draw_sample(config.image_path, config.captions_path, config.sample_images)
+        draw_sample(
+            **{name: drawn[name] for name in ("image_path", "captions_path")},
+            train_images=round(share * config.sample_images),
+            seed=data_seed,
+        )
+        known = set(read_captions(drawn["captions_path"])["caption"])
+        unseen = [captions_of(scene) for scene in all_scenes() if captions_of(scene)[0] not in known]
+        lines = [caption for captions in unseen for caption in captions if caption not in known]
+        (folder / "scenes.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return {**drawn, **epochs}
     if share == 1:
         return {}
     splits = load_splits(config)
     names = splits["train"].names
-    kept = np.random.default_rng(0).permutation(len(names))[: max(2, round(share * len(names)))]
+    kept = np.random.default_rng(data_seed).permutation(len(names))[: max(2, round(share * len(names)))]
     named = {"train": [names[i] for i in sorted(kept)], "dev": splits["validation"].names, "test": splits["test"].names}
     frame = read_captions(config.captions_path)
     everything = {name for part in named.values() for name in part}
     rows = frame[frame["image"].isin(everything)].itertuples(index=False)
     write_data(folder, list(rows), named)
-    return {"captions_path": str(folder / "captions.txt"), "sample_images": 0}
+    return {"captions_path": str(folder / "captions.txt"), **epochs}
 
 
-def draw_held_out(folder, images, held_out, share):
+def draw_held_out(folder, images, held_out, share, seed):
     """Draw a data set whose training and validation images lack `held_out` combinations of colour and shape.
 
     Half of the 400 test images show one. The combinations spread over colours and shapes: none is new by itself.
@@ -120,7 +135,7 @@ def draw_held_out(folder, images, held_out, share):
     """
     if (folder / "captions.txt").exists():
         return
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     combinations = [(colour, shape) for colour in COLOURS for shape in SHAPES]
     absent = set(spread(combinations, held_out, rng))
     scenes = all_scenes()
@@ -128,6 +143,11 @@ def draw_held_out(folder, images, held_out, share):
     with_absent = [scene for scene in shuffled if {scene[1], scene[3]} & absent]
     without = [scene for scene in shuffled if not {scene[1], scene[3]} & absent]
     train = max(2, round(share * images))
+    if len(without) < train + 400 or len(with_absent) < 200:
+        raise InputError(
+            f"held_out is {held_out}, which leaves {len(without)} scenes without those combinations, of which "
+            f"{train + 400} are needed: hold out fewer, or give a smaller --share"
+        )
     parts = {
         "train": without[:train],
         "dev": without[train : train + 200],
@@ -144,7 +164,9 @@ def draw_held_out(folder, images, held_out, share):
             named[split].append(name)
     for_generator = [caption for scene in with_absent[200 : 200 + NEW_CAPTIONS // 5] for caption in captions_of(scene)]
     for_generator += [caption for scene in parts["train"] for caption in captions_of(scene)]
-    (folder / "scenes.txt").write_text("\n".join(for_generator) + "\n", encoding="utf-8")
+    tested = {caption for scene in parts["test"] for caption in captions_of(scene)}  # one in five names no relation
+    lines = [caption for caption in for_generator if caption not in tested]
+    (folder / "scenes.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     write_json(folder / "held_out.json", {"combinations": sorted(absent), "test_images": named["test"][:200]})
     write_data(folder, rows, named)
 
@@ -186,7 +208,8 @@ def settings_of(arm, config, folder):
     """What an arm changes in the settings."""
     changes = {"gan": {"real": "none", "captions": "none", "joint": "joint"}.get(arm, "pairs")}
     scenes = folder / "data" / "scenes.txt"
-    if scenes.exists() and arm in ("pairs", "shuffled", "joint"):
+    held_out = (folder / "data" / "held_out.json").exists()
+    if arm == "sentences" or (held_out and arm in ("pairs", "shuffled", "joint")):
         changes["gan_captions"] = str(scenes)
     if arm == "new_captions":
         changes["gan_captions"] = str(augmented(config, folder, "new"))
@@ -325,17 +348,21 @@ def main(argv=None):
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(1, ENOUGH + 1)))
     parser.add_argument("--share", type=float, default=1.0)
     parser.add_argument("--held_out", type=int, default=0)
+    parser.add_argument("--data_seed", type=int, default=0)
     parser.add_argument("--folder", default="runs/ablation")
     own, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     given = parse_flags(rest)
     config = build_config(given if "image_path" in given else {**parse_flags(["--preset", "demo"]), **given})
     if not 0 < own.share <= 1 or (own.held_out and not config.sample_images):
         raise InputError("share must lie between 0 and 1, and combinations are held out of the drawn data set only")
-    folder = Path(own.folder) / f"share-{own.share:g}-held-out-{own.held_out}"
-    config = dataclasses.replace(config, **prepare_data(config, folder / "data", own.share, own.held_out))
+    folder = Path(own.folder) / f"share-{own.share:g}-held-out-{own.held_out}-data-{own.data_seed}"
+    data = prepare_data(config, folder / "data", own.share, own.held_out, own.data_seed)
+    # Sentences that no photograph has can be written for drawn scenes alone; held out, `pairs` already has them.
+    possible = [arm for arm in ARMS if arm != "sentences" or (config.sample_images and not own.held_out)]
+    config = dataclasses.replace(config, **data)
     first = train_first(config, folder)
     results = {}
-    for arm in dict.fromkeys(["real", *own.arms]):
+    for arm in dict.fromkeys(["real", *(arm for arm in own.arms if arm in possible)]):
         results[arm] = {}
         for seed in own.seeds:
             print(f"\n==== {arm}, seed {seed} ====", flush=True)
@@ -346,7 +373,7 @@ def main(argv=None):
     note = "paired differences to real with 95% intervals; *: the interval excludes zero"
     if len(own.seeds) < ENOUGH:
         note = f"{len(own.seeds)} seeds: no conclusion is drawn from fewer than {ENOUGH}"
-    report(f"gan_ablation-{folder.name}", rows, note=note, seeds=own.seeds)
+    report(f"gan_ablation-{folder.name}", rows, note=note, seeds=own.seeds, settings=rest)
 
 
 if __name__ == "__main__":

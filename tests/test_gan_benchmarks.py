@@ -123,7 +123,7 @@ def test_whole_benchmark_in_small(tmp_path, monkeypatch, capsys):
     gan_ablation.main([*own, *words])
     assert [row["arm"] for row in saved["rows"]] == ["real", "shuffled", "blurred", "captions"]
     assert "no conclusion" in saved["note"]
-    folder = tmp_path / "out" / "share-1-held-out-4"
+    folder = tmp_path / "out" / "share-1-held-out-4-data-0"
     absent = [tuple(pair) for pair in gan_ablation.read_json(folder / "data" / "held_out.json")["combinations"]]
     words_for = {shape: {shape, second} for shape, second in SHAPES.items()}
     with open(folder / "data" / "captions.txt", encoding="utf-8") as file:
@@ -137,9 +137,8 @@ def test_whole_benchmark_in_small(tmp_path, monkeypatch, capsys):
     assert not any(map(shows, tested["train"] + tested["dev"]))
     assert sum(map(shows, tested["test"])) == 200 * 5
     listed = (folder / "data" / "scenes.txt").read_text(encoding="utf-8").splitlines()
-    assert sum(map(shows, listed)) == gan_ablation.NEW_CAPTIONS
-    full = {caption for caption in tested["test"] if not caption.startswith("There")}  # those leave the relation out
-    assert not set(listed) & full
+    assert 0.8 * gan_ablation.NEW_CAPTIONS < sum(map(shows, listed)) <= gan_ablation.NEW_CAPTIONS
+    assert not set(listed) & set(tested["test"])
     steps = [(folder / f"{arm}-1" / "metrics.jsonl").read_text(encoding="utf-8") for arm in ("real", "captions")]
     assert all('"steps": 3,' in text for text in steps)  # variants of captions add no steps
     # A second call trains nothing again.
