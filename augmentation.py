@@ -229,9 +229,9 @@ def read_again(rows, meaning, neighbours, pairs, run):
     model = load_model(run)
     images, texts = [image for image, _, _ in rows], embed_captions(model, [variant for _, _, variant in rows])
     found = embed_images(model, [pairs.files[image] for image in images])
-    good = []
-    for start in range(0, len(rows), 100):  # among about a hundred photographs, one of the first ten
-        part = slice(start, start + 100)
+    good, parts = [], max(1, len(rows) // 100)
+    for number in range(parts):  # among a hundred photographs or more, one of the first ten
+        part = slice(number * len(rows) // parts, (number + 1) * len(rows) // parts)
         own = (texts[part] * found[part]).sum(1, keepdim=True)
         others = np.not_equal.outer(images[part], images[part])
         above = (texts[part] @ found[part].T >= own).cpu().numpy() & others

@@ -427,11 +427,11 @@ def describe_parts(parts, embeddings, device, siblings):
     """What `contrastive_loss` has to know about the concatenated parts of a batch, as its keyword arguments."""
     image_index, rows = [], 0
     for part, (images, _) in zip(parts, embeddings, strict=True):
-        image_index.append(part["image_index"].to(device) + rows)
+        image_index.append(part["image_index"].to(device, non_blocking=True) + rows)
         rows += len(images)
     known = {"image_index": torch.cat(image_index), "group": world()}
     if siblings:
-        ids = [part["image_ids"].to(device) for part in parts]
+        ids = [part["image_ids"].to(device, non_blocking=True) for part in parts]
         weights = [
             part["weights"].to(device) if "weights" in part else torch.ones(len(images), device=device)
             for part, (images, _) in zip(parts, embeddings, strict=True)
@@ -476,13 +476,16 @@ def batchnorm_statistics(model, micro_batches, mode):
 
 
 def random_state(device):
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    own = {"cuda": lambda: torch.cuda.get_rng_state(device), "mps": torch.mps.get_rng_state}
+    return torch.get_rng_state(), own[device.type]() if device.type in own else None
 
 
 def set_random_state(state, device):
     torch.set_rng_state(state[0])
-    if state[1] is not None:
+    if device.type == "cuda":
         torch.cuda.set_rng_state(state[1], device)
+    elif device.type == "mps":
+        torch.mps.set_rng_state(state[1])
 
 
 # ---- retrieval metrics ------------------------------------------------------------------------------------------
@@ -571,7 +574,7 @@ def load_model(folder, device="cpu"):
     tokenizer = load_tokenizer(folder / "tokenizer")
     try:
         model = CLIP(build_config(content["settings"]), tokenizer, saved=content)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{folder / 'config.json'} does not describe a model that can be built ({error})") from None
     own = model.state_dict()
     for name in [*own, *state]:

@@ -32,7 +32,7 @@ class Config:
     # ---- where things are -------------------------------------------------------------------------------------
     image_path: str = setting("data/flickr8k/Images", "folder of the photographs")
     captions_path: str = setting("data/flickr8k/captions.txt", "captions file, or the folder that holds it")
-    sample_images: int = setting(0, "draw a sample data set of this many training images if none is there", 0, 10_000)
+    sample_images: int = setting(0, "draw a sample data set of this many training images if none is there", 0, 3200)
     cache_path: str = setting("cache", "folder for decoded images")
     run: str = setting("", "folder of this run; empty: runs/<date and time>")
     resume: bool = setting(False, "continue the run named by --run, or the newest one")
@@ -85,6 +85,7 @@ class Config:
                        choices=("none", "pairs", "joint"))
     gan_run: str = setting("", "run whose GAN is used (python gan.py --run ...); empty: a CLIP and a GAN are trained")
     gan_generator: str = setting("affine", "like DF-GAN, or like StyleGAN2", choices=("affine", "style"))
+    gan_subset: str = setting("", "it learns pictures whose captions name one of these words (dog,ball); empty: all")
     gan_size: int = setting(64, "side of the generated pictures, pixels", choices=(32, 64, 128))
     gan_width: int = setting(64, "channels of its networks at the full size, up to 4 times as many inside", 4, 512)
     gan_epochs: int = setting(300, "epochs of the GAN; each shows every picture once", 1, 100_000)
@@ -97,7 +98,7 @@ class Config:
     gan_gate: int = setting(10, "drop a picture whose caption is not in the first so many of 100; 100: all stay",
                             1, 100)
     gan_captions: str = setting("", "file of captions to generate pictures of, one a line; empty: the training's")
-    gan_match: float = setting(0.3, "joint: CLIP's share of the generator's gradient, relative to the GAN's", 0, 10)
+    gan_match: float = setting(1.0, "CLIP's share of the generator's gradient, relative to the GAN's; 0: none", 0, 10)
 
     # ---- device and precision ---------------------------------------------------------------------------------
     device: str = setting("auto", "device: auto, cpu, cuda, cuda:1, mps")
@@ -143,7 +144,7 @@ PRESETS = {
         "warmup_steps": 50,
         "gan_size": 32,
         "gan_width": 24,
-        "gan_epochs": 25,
+        "gan_epochs": 12,
         "gan_batch_size": 32,
         "gan_lr": 5e-4,
     },
@@ -352,13 +353,16 @@ def write_json(path, content):
 
 
 def read_json(path):
-    """The content of a JSON file; raises InputError if it is missing or damaged."""
+    """The JSON object in a file, a dict; raises InputError if it is missing or damaged."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no JSON object: is it from this program?")
+    return content
 
 
 def exit_on_input_error(main):

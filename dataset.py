@@ -183,6 +183,27 @@ def make_pairs(frame, folder, names=None):
     )
 
 
+def names_one_of(caption, words):
+    """True if the caption names one of the comma-separated words, or if there are none to name."""
+    wanted = {word.strip().lower() for word in words.split(",")} - {""}
+    return not wanted or not wanted.isdisjoint(re.findall(r"\w+", caption.lower()))
+
+
+def pairs_naming(pairs, words):
+    """The `Pairs` of those images of which a caption names one of the comma-separated words; raises InputError."""
+    of_image = [pairs.captions[a:b] for a, b in zip(pairs.first, pairs.first[1:], strict=False)]
+    kept = [i for i, captions in enumerate(of_image) if any(names_one_of(caption, words) for caption in captions)]
+    if len(kept) < 2:
+        raise InputError(f"gan_subset is {words!r}, which the captions of {len(kept)} images name: give other words")
+    counts = np.array([len(of_image[i]) for i in kept], dtype=np.int64)
+    return Pairs(
+        files=[pairs.files[i] for i in kept],
+        captions=[caption for i in kept for caption in of_image[i]],
+        image_index=np.repeat(np.arange(len(kept)), counts),
+        first=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+    )
+
+
 def split_images(images, folder, seed):
     """Image names by split: {"train": [...], "validation": [...], "test": [...]}; a split is by image.
 

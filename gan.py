@@ -15,6 +15,7 @@ import json
 import sys
 import textwrap
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +28,12 @@ from tqdm import tqdm
 
 from clip import autocast, load_model, setup_device
 from config import InputError, build_config, exit_on_input_error, parse_flags, read_json, write_json
-from dataset import SIDED, ImageStore, build_image_cache, load_splits, resize_image, stored_side
+from dataset import SIDED, ImageStore, build_image_cache, load_splits, pairs_naming, resize_image, stored_side
 from gan_networks import NOISE, Architecture, Discriminator
 from index import embed_captions
 
 BETAS = (0.0, 0.9)  # of Adam, as DF-GAN has them
+WRONG_AMONG = 256  # captions, of which the most alike is a picture's wrong one
 PENALTY_EVERY = 8  # steps; the penalty is multiplied by as much (lazy regularisation, StyleGAN2)
 
 
@@ -54,6 +56,20 @@ def gradient_penalty(discriminator, pictures, embeddings):
     logits = discriminator(pictures, embeddings)
     (gradient,) = torch.autograd.grad(logits.sum(), pictures, create_graph=True)
     return gradient.square().sum((1, 2, 3)).mean()
+
+
+def match_gradient(clip, texts, share, dtype, fake, gradient):
+    """`share` times the gradient, at the fakes (B, 3, S, S), of their distance from their captions in a CLIP's eyes.
+
+    It is brought to the length of `gradient`, the discriminator's: for the generator only the ratio of the two counts.
+    The CLIP sees the fakes shifted and cut, so that signs which only it would read do not pay.
+    """
+    fake = fake.detach().requires_grad_()
+    with autocast(fake.device, dtype):
+        images = clip.encode_image(resize_pictures((augment(fake) + 1) / 2, clip.config.size))
+    distance = (1 - F.cosine_similarity(images, texts)).mean()
+    (own,) = torch.autograd.grad(distance, fake)
+    return share * gradient.norm() / own.norm().clamp(min=1e-12) * own
 
 
 def penalty_weight(size):
@@ -101,28 +117,34 @@ class GAN:
         self.discriminator_optimizer = torch.optim.Adam(self.discriminator.parameters(), 2 * lr, BETAS, fused=fused)
         self.step = 0
 
-    def train_step(self, real, embeddings, match=None):
-        """One step of both players on (B, 3, S, S) real pictures and their captions; measurements as a dict.
+    def set_learning_rate(self, lr):
+        for optimizer, factor in ((self.generator_optimizer, 1), (self.discriminator_optimizer, 2)):
+            for group in optimizer.param_groups:
+                group["lr"] = factor * lr
 
-        The wrong caption of a picture is its neighbour's, so the pictures must be different ones. `match(fakes,
-        gradient)`, if given, is a further gradient at the fakes beside the discriminator's: see `generated.py`.
+    def train_step(self, real, embeddings, wrong, match=None):
+        """One step of both players on (B, 3, S, S) real pictures, (B, D) their captions and (B, D) wrong captions;
+        measurements as a dict.
+
+        `match(fakes, gradient)`, if given, is a further gradient at the fakes beside the discriminator's: see
+        `generated.py`.
         """
         noise = torch.randn(len(real), NOISE, device=self.device)
         with autocast(self.device, self.dtype):
             fake = self.generator(noise, embeddings)
-        measured = self.discriminator_step(real, embeddings, fake.detach())
+        measured = self.discriminator_step(real, embeddings, wrong, fake.detach())
         measured |= self.generator_step(fake, embeddings, match)
         self.update_average(len(real))
         self.step += 1
         return measured
 
-    def discriminator_step(self, real, embeddings, fake):
+    def discriminator_step(self, real, embeddings, wrong, fake):
         with autocast(self.device, self.dtype):
             features = self.discriminator.features(torch.cat([augment(real), augment(fake)]))
         of_real, of_fake = features.chunk(2)
         on_real = self.discriminator.score(of_real, embeddings)
         on_fake = self.discriminator.score(of_fake, embeddings)
-        on_mismatched = self.discriminator.score(of_real, embeddings.roll(1, 0))
+        on_mismatched = self.discriminator.score(of_real, wrong)
         loss = discriminator_loss(on_real, on_fake, on_mismatched)
         total = loss
         if self.step % PENALTY_EVERY == 0:
@@ -177,7 +199,7 @@ class PictureStore:
     """The pictures of a split at the GAN's size and the embeddings of their captions, all on the device."""
 
     def __init__(self, clip, pairs, config, size, device):
-        side, cache = stored_side(config.size), None
+        side, cache = max(stored_side(config.size), size), None
         if config.cache_images:
             cache = build_image_cache(pairs.files, side, config.cache_path, config.num_workers)
         store = ImageStore(pairs.files, side, cache)
@@ -186,6 +208,7 @@ class PictureStore:
         self.embeddings = embed_captions(clip, pairs.captions).to(device)  # (T, D)
         self.sided = torch.tensor([bool(SIDED.search(caption)) for caption in pairs.captions], device=device)
         self.first = torch.from_numpy(pairs.first).to(device)
+        self.image_index = torch.from_numpy(pairs.image_index).to(device)
 
     @property
     def sample_embeddings(self):
@@ -193,8 +216,8 @@ class PictureStore:
         return self.embeddings[self.first[:-1][:100]]
 
     def batch(self, images):
-        """Of B image numbers the pictures (B, 3, S, S) in [-1, 1], and of one caption each (B, D) embeddings and the
-        number (B,).
+        """Of B image numbers the pictures (B, 3, S, S) in [-1, 1], and of one caption each (B, D) embeddings, those of
+        a wrong caption (B, D) and the number (B,).
 
         Half of the pictures are mirrored, unless the caption says left or right. Half of the embeddings lie between
         two captions of the picture: the generator has to know the space between the training captions, too.
@@ -207,7 +230,18 @@ class PictureStore:
         real = torch.where(mirrored[:, None, None, None], real.flip(3), real)
         share = torch.rand(len(images), 1, device=images.device) * blended
         between = torch.lerp(self.embeddings[chosen], self.embeddings[other], share)
-        return real, F.normalize(between, dim=1), chosen
+        return real, F.normalize(between, dim=1), self.wrong_captions(images, chosen), chosen
+
+    def wrong_captions(self, images, chosen):
+        """(B, D) embeddings of captions of other pictures: of some drawn at random, the most like each of the chosen.
+
+        Any other caption would mostly name another scene altogether, and the discriminator, and so the generator,
+        would never have to look at what tells apart two captions that are alike.
+        """
+        drawn = torch.randint(len(self.embeddings), (WRONG_AMONG,), device=images.device)
+        likeness = self.embeddings[chosen] @ self.embeddings[drawn].T  # (B, WRONG_AMONG)
+        likeness.masked_fill_(self.image_index[drawn] == images[:, None], -2)
+        return self.embeddings[drawn[likeness.argmax(1)]]
 
     def draw_captions(self, images):
         counts = self.first[images + 1] - self.first[images]
@@ -247,6 +281,12 @@ def save_generator(gan, folder, **more):
     (folder / "generator.safetensors.tmp").replace(folder / "generator.safetensors")
 
 
+def conditioning_run(run):
+    """The run whose CLIP tells the generator of `run` its captions: itself, unless the two learned jointly."""
+    path = Path(run) / "gan" / "config.json"
+    return Path(read_json(path).get("told_by", run)) if path.exists() else Path(run)
+
+
 def load_generator(folder, device="cpu"):
     """The frozen generator saved in `folder` (a run's gan/); raises InputError."""
     folder = Path(folder)
@@ -265,7 +305,10 @@ def load_generator(folder, device="cpu"):
 # ---- training ---------------------------------------------------------------------------------------------------
 
 # What decides how a GAN is trained; the data are those of its run.
-SETTINGS = ("gan_generator", "gan_size", "gan_width", "gan_epochs", "gan_batch_size", "gan_lr", "seed")
+SETTINGS = (
+    *("gan_generator", "gan_subset", "gan_size", "gan_width", "gan_epochs", "gan_batch_size", "gan_lr", "gan_match"),
+    "seed",
+)
 PLACES = ("run", "resume", "image_path", "captions_path", "cache_path", "cache_images", "num_workers", "device")
 
 
@@ -277,11 +320,12 @@ def train_gan(config):
     """
     folder = Path(config.run) / "gan"
     device, dtype = setup_device(config.device, config.precision)
-    clip = load_model(config.run, device)
-    splits = load_splits(config)
+    clip = load_model(config.run, device).requires_grad_(False)
+    # Split as for the run's CLIP, whatever the GAN's own seed: its test pictures stay unseen.
+    splits = load_splits(dataclasses.replace(config, seed=clip.config.seed))
+    splits = {name: pairs_naming(splits[name], config.gan_subset) for name in ("train", "validation")}
+    check_batch_size(config, splits)
     count = len(splits["train"].files)
-    if config.gan_batch_size > count:
-        raise InputError(f"gan_batch_size is {config.gan_batch_size}, but there are {count} training images")
     store = PictureStore(clip, splits["train"], config, config.gan_size, device)
     validation = PictureStore(clip, splits["validation"], config, config.gan_size, device)
     torch.manual_seed(config.seed)
@@ -301,22 +345,30 @@ def train_gan(config):
     with bar:
         while len(history) < config.gan_epochs:
             torch.manual_seed(int(np.random.SeedSequence((config.seed, len(history))).generate_state(1)[0]))
-            line = {"epoch": len(history) + 1, **train_epoch(gan, store, config.gan_batch_size, steps, bar)}
+            line = {"epoch": len(history) + 1, **train_epoch(gan, clip, store, config, steps, bar)}
             line["right_caption_in_first_10_of_100"] = matched_share(clip, gan.average, validation.sample_embeddings)
             history.append(line)
-            save_checkpoint(gan, folder, history)
             save_generator(gan, folder, settings={name: getattr(config, name) for name in SETTINGS})
+            save_checkpoint(gan, folder, history)  # last: what it says is done has been written
             draw_samples(gan.average, splits["validation"], validation, folder / "samples.png")
     return folder
 
 
-def train_epoch(gan, store, batch_size, steps, bar):
+def check_batch_size(config, splits):
+    count = len(splits["train"].files)
+    if config.gan_batch_size > count:
+        raise InputError(f"gan_batch_size is {config.gan_batch_size}, but there are {count} training images")
+
+
+def train_epoch(gan, clip, store, config, steps, bar):
     """One epoch of both players; the means of what they measured."""
+    batch_size = config.gan_batch_size
     started, sums = time.perf_counter(), {}
     order = torch.randperm(len(store.pictures), device=gan.device)
     for images in order[: steps * batch_size].split(batch_size):
-        real, embeddings, _ = store.batch(images)
-        measured = gan.train_step(real, embeddings)
+        real, embeddings, wrong, _ = store.batch(images)
+        match = partial(match_gradient, clip, embeddings, config.gan_match, gan.dtype) if config.gan_match else None
+        measured = gan.train_step(real, embeddings, wrong, match)
         sums = {name: sums.get(name, 0) + value for name, value in measured.items()}
         if bar.update():  # drawn about twice a second; only then does the host wait for the device
             check_finite(measured, gan.step)
@@ -363,7 +415,7 @@ def draw_samples(generator, pairs, store, path, rows=4, columns=2, each=3):
         embeddings = store.embeddings[caption].expand(each, -1)
         generated = generate(generator, embeddings, seed=int(caption)).permute(0, 2, 3, 1).cpu().numpy()
         real = store.pictures[pairs.image_index[caption]].permute(1, 2, 0).cpu().numpy()
-        part.suptitle(textwrap.shorten(pairs.captions[caption], 80), fontsize=11)
+        part.suptitle(textwrap.shorten(pairs.captions[caption], 80), fontsize=11, parse_math=False)
         for number, axis in enumerate(part.subplots(1, each + 1)):
             axis.imshow(real if number == 0 else generated[number - 1])
             axis.set_title("real" if number == 0 else "generated", fontsize=8)
@@ -389,7 +441,9 @@ def resolve_config(argv=None):
     if place.exists():
         if not given.get("resume"):
             raise InputError(f"{place.parent} already holds a GAN: give --resume to continue it, or remove that folder")
-        started = read_json(place)["settings"]
+        started = read_json(place).get("settings")
+        if started is None:
+            raise InputError(f"{place.parent} holds a GAN that learned jointly with CLIP: it is not continued alone")
         for name in set(SETTINGS) - {"gan_epochs"}:
             if given.get(name, started[name]) != started[name]:
                 raise InputError(

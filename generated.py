@@ -24,16 +24,25 @@ times as long as that of the first.
 """
 
 import copy
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from clip import autocast, load_model, update_average
-from config import InputError
-from dataset import TokenStore, pad_tokens, read_lines
-from gan import GAN, PictureStore, augment, load_checkpoint, load_generator, resize_pictures, save_generator
+from config import InputError, read_json
+from dataset import TokenStore, load_splits, names_one_of, pad_tokens, read_lines
+from gan import (
+    GAN,
+    PictureStore,
+    conditioning_run,
+    load_checkpoint,
+    load_generator,
+    match_gradient,
+    resize_pictures,
+    save_generator,
+)
 from gan_networks import NOISE
 from index import embed_captions
 
@@ -61,12 +70,19 @@ class GeneratedPairs:
     def __init__(self, config, pairs, model, device, dtype):
         self.config, self.device, self.dtype = config, device, dtype
         folder = gan_folder(config)
-        self.judge = load_model(folder, device).requires_grad_(False)
+        self.told_by = conditioning_run(folder)
+        self.judge = load_model(self.told_by, device).requires_grad_(False)
+        check_split(self.judge.config, pairs)
         self.generator = load_generator(folder / "gan", device)
-        captions, image_ids = list(pairs.captions), pairs.image_index
+        captions, image_ids = list(pairs.captions), pairs.image_index.tolist()
         if config.gan_captions:
             captions = read_caption_list(config.gan_captions)
             image_ids = group_captions(captions, pairs)
+        known = read_json(folder / "gan" / "config.json").get("settings", {}).get("gan_subset", "")
+        kept = [number for number, caption in enumerate(captions) if names_one_of(caption, known)]
+        if len(kept) < 2:
+            raise InputError(f"{len(kept)} captions name what the GAN of {folder} knows ({known}): give others")
+        captions, image_ids = [captions[number] for number in kept], [image_ids[number] for number in kept]
         self.image_ids = torch.as_tensor(image_ids, device=device)  # (T,)
         self.embeddings = embed_captions(self.judge, captions, description="embedding captions")  # (T, D)
         self.tokens, self.pad_id = TokenStore(model.tokenizer, captions, model.max_length), model.tokenizer.pad_token_id
@@ -79,15 +95,20 @@ class GeneratedPairs:
         They depend on the seed and the step alone.
         """
         config = self.config
-        if not config.gan_ratio or not config.gan_start <= progress < config.gan_end:
+        if not config.gan_ratio or not self.is_active(progress):
             return None
         random = torch.Generator().manual_seed(step_seed(config.seed, step, rank, 1))
         order = torch.randperm(len(self.tokens), generator=random)
         others = order[-(JUDGED_AMONG - 1) :].to(self.device)
         chosen = order[: round(config.gan_ratio * images)]
+        if len(chosen) < 2:
+            return []
         parts = -(-len(chosen) // (config.micro_batch_size or config.batch_size))
         made = [self.make(part.to(self.device), others, random) for part in chosen.tensor_split(max(1, parts))]
         return [batch for batch in made if batch is not None]
+
+    def is_active(self, progress):
+        return self.config.gan_start <= progress < self.config.gan_end
 
     def make(self, chosen, others, random):
         """One micro-batch of pictures for the captions with these numbers, those that fail the gate left out.
@@ -96,7 +117,8 @@ class GeneratedPairs:
         """
         pictures = self.paint(chosen, random)
         chosen_ids, kept = self.image_ids[chosen], self.passes(pictures, chosen, others)
-        self.counts += torch.stack([torch.tensor(len(kept), device=self.device), kept.sum()])
+        number = kept.sum()
+        self.counts += torch.stack([torch.tensor(len(kept), device=self.device), number * (number > 1)])
         chosen, pictures, chosen_ids = chosen[kept], pictures[kept], chosen_ids[kept]
         if len(chosen) < 2:
             return None
@@ -140,6 +162,23 @@ class GeneratedPairs:
         self.counts.copy_(state["counts"])
 
 
+def check_split(config, pairs):
+    """Raise InputError if a GAN's run (its `config`) learned from pictures that are not training pictures here.
+
+    Without official split files another seed splits otherwise: the GAN would have seen this run's test pictures.
+    """
+    try:
+        learned = load_splits(config)["train"].names
+    except InputError:
+        return  # its data are no longer there to be compared
+    foreign = sorted(set(learned) - set(pairs.names))
+    if foreign:
+        raise InputError(
+            f"gan_run learned from {foreign[0]} and {len(foreign) - 1} more pictures that are not training pictures "
+            f"here: give the same data, and its --seed {config.seed}"
+        )
+
+
 def read_caption_list(path):
     """The captions of a text file, one a line, without repetitions; raises InputError."""
     if not Path(path).is_file():
@@ -162,34 +201,41 @@ class LearningPairs(GeneratedPairs):
     def __init__(self, config, pairs, model, device, dtype):
         super().__init__(config, pairs, model, device, dtype)
         folder, architecture = gan_folder(config) / "gan", self.generator.architecture
+        if not (folder / "last.pt").exists():
+            raise InputError(f"{folder} holds no last.pt, from which a GAN could go on learning: give --gan pairs")
+        if read_json(folder / "config.json").get("settings", {}).get("gan_subset"):
+            raise InputError(f"{folder} learned from a subset of the pictures, CLIP does not: give --gan pairs")
         self.store = PictureStore(self.judge, pairs, config, architecture.size, device)
         self.gan = GAN(architecture, self.store.embeddings, config.gan_lr, device, dtype)
         load_checkpoint(self.gan, folder)
+        self.gan.set_learning_rate(config.gan_lr)
         self.generator = self.gan.average
         self.copy = copy.deepcopy(model).requires_grad_(False).eval()
         self.all_tokens = TokenStore(model.tokenizer, pairs.captions, model.max_length)
 
-    def learn(self, model, image_ids, step):
-        """A step of the discriminator and the generator on the pictures that CLIP has just learned from."""
-        update_average(self.copy, model, COPY_DECAY, step)
-        images = image_ids.to(self.device)[: self.config.gan_batch_size]
-        real, embeddings, captions = self.store.batch(images)
-        self.gan.train_step(real, embeddings, lambda fake, gradient: self.match_gradient(fake, captions, gradient))
+    def learn(self, model, image_ids, step, progress):
+        """A step of the discriminator and the generator on the pictures that CLIP has just learned from.
 
-    def match_gradient(self, fake, captions, gradient):
-        """mu times the gradient, at the pictures (B, 3, S, S), of their distance from their captions in CLIP's eyes."""
+        Only while generated pictures are in use: before, CLIP knows too little to say what matches.
+        """
+        update_average(self.copy, model, COPY_DECAY, step)
+        if not self.is_active(progress):
+            return
+        images = image_ids.to(self.device)[: self.config.gan_batch_size]
+        real, embeddings, wrong, captions = self.store.batch(images)
+        match = partial(match_gradient, self.copy, self.encode(captions), self.config.gan_match, self.dtype)
+        self.gan.train_step(real, embeddings, wrong, match)
+
+    @torch.no_grad()
+    def encode(self, captions):
+        """(B, D) what the slow copy of CLIP makes of the training captions with these numbers."""
         ids, mask = pad_tokens([self.all_tokens[number] for number in captions.tolist()], self.pad_id)
-        fake = fake.detach().requires_grad_()
         with autocast(self.device, self.dtype):
-            texts = self.copy.encode_text(ids.to(self.device), mask.to(self.device))
-            images = self.copy.encode_image(resize_pictures((augment(fake) + 1) / 2, self.config.size))
-        distance = (1 - F.cosine_similarity(images, texts)).mean()
-        (own,) = torch.autograd.grad(distance, fake)
-        return self.config.gan_match * gradient.norm() / own.norm().clamp(min=1e-12) * own
+            return self.copy.encode_text(ids.to(self.device), mask.to(self.device))
 
     def end_epoch(self, folder):
         (folder / "gan").mkdir(exist_ok=True)
-        save_generator(self.gan, folder / "gan")
+        save_generator(self.gan, folder / "gan", told_by=self.told_by.as_posix())
         return super().end_epoch(folder)
 
     def state_dict(self):

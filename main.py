@@ -88,6 +88,7 @@ def train_first(config):
 
     What a stopped run has already done is not done again.
     """
+    import dataset
     import gan
     import generated
     import training
@@ -98,8 +99,14 @@ def train_first(config):
     Path(first.run).mkdir(parents=True, exist_ok=True)
     write_json(Path(config.run) / "config.json", {**vars(config), "resume": False})  # so that it can be resumed
     print("\n==== 1 of 3: CLIP on the real pictures ====", flush=True)
+    if not config.sample_images or Path(config.captions_path).exists():
+        gan.check_batch_size(config, dataset.load_splits(config))  # now, not after the first stage
     if not (Path(first.run) / "results.json").exists():
-        training.train(first)
+        try:
+            training.train(first)
+        except SystemExit:
+            print(f"to go on with all three stages: python main.py --resume --run {config.run}", flush=True)
+            raise
     print("\n==== 2 of 3: the GAN, told the captions by that CLIP ====", flush=True)
     try:
         gan.train_gan(first)

@@ -15,7 +15,7 @@ import torch
 from timm.layers import AttentionPool2d, resample_abs_pos_embed
 from torch import nn
 
-from config import InputError
+from config import InputError, read_json
 
 # ImageNet's, for image encoders that do not say what they expect
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -305,7 +305,7 @@ def load_clip_folder_vit(folder, size, pretrained):
             f"{config.layer_norm_eps}: only quick_gelu or gelu with 1e-5 are known here"
         )
     preprocessing = Path(folder) / "preprocessor_config.json"
-    details = json.loads(preprocessing.read_text(encoding="utf-8")) if preprocessing.is_file() else {}
+    details = read_json(preprocessing) if preprocessing.is_file() else {}
     recipe = {
         "architecture": PAPER_IMAGE_ENCODERS["ViT-B/32"],
         "mean": list(details.get("image_mean") or CLIP_MEAN),
@@ -446,7 +446,12 @@ def load_tokenizer(name):
     def load(**options):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
 
-    return from_cache_or_network(load, "text_tokenizer", name, "--text_tokenizer captions")
+    tokenizer = from_cache_or_network(load, "text_tokenizer", name, "--text_tokenizer captions")
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise InputError(f"text_tokenizer is {name!r}, which has no token to pad captions with: give another")
+        tokenizer.pad_token = tokenizer.eos_token  # its places are masked
+    return tokenizer
 
 
 # ---- local files first, then the network ------------------------------------------------------------------------

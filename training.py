@@ -1,6 +1,7 @@
 """The training engine: optimizer and schedule, the step, the epoch, evaluation, checkpoints that resume exactly."""
 
 import copy
+import datetime
 import json
 import math
 import os
@@ -51,13 +52,12 @@ from shapes import draw_sample
 def train(config):
     """Run a configured training from wherever its folder says it is; returns the final results."""
     config = start_processes(config)
-    try:
-        trainer = Trainer(config)
-        trainer.fit()
-        return trainer.report()
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    trainer = Trainer(config)
+    trainer.fit()
+    results = trainer.report()
+    if dist.is_initialized():  # not after an error: it would wait for processes that wait for this one
+        dist.destroy_process_group()
+    return results
 
 
 # ---- processes --------------------------------------------------------------------------------------------------
@@ -77,10 +77,16 @@ def start_processes(config):
         return config
     if config.batch_size < 2 * count:
         raise InputError(f"batch_size is {config.batch_size}, for {count} processes: give at least {2 * count}")
+    if config.device not in ("auto", "cpu", "cuda"):
+        raise InputError(f"device is {config.device}, for {count} processes: give auto, cuda or cpu")
     use_cuda = config.device in ("auto", "cuda") and torch.cuda.is_available()
     if use_cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if use_cuda else "gloo")
+        number, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if number >= gpus:
+            raise InputError(f"process {number} of this machine has no GPU, of which there are {gpus}: start fewer")
+        torch.cuda.set_device(number)
+    # One process may decode all pictures, or fetch weights, while the others wait.
+    dist.init_process_group("nccl" if use_cuda else "gloo", timeout=datetime.timedelta(hours=12))
     common = [config]
     dist.broadcast_object_list(common)
     return common[0]
@@ -315,9 +321,8 @@ class Trainer:
         # Dropout's masks depend on the step alone, as the crops do: no random state has to be saved for a resume.
         torch.manual_seed(int(np.random.SeedSequence((self.config.seed, self.step, self.rank)).generate_state(1)[0]))
         image_ids = torch.cat([batch["image_ids"] for batch in micro_batches])
-        generated = None
+        generated, progress = None, self.step / (self.config.epochs * self.sampler.batches)
         if self.generated is not None:
-            progress = self.step / (self.config.epochs * self.sampler.batches)
             generated = self.generated.micro_batches(len(image_ids), self.step, progress, self.rank)
         loss = contrastive_backward(self.model, micro_batches, self.device, self.dtype, self.scaler, generated)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
@@ -335,7 +340,7 @@ class Trainer:
         if self.average is not None:
             update_average(self.average, self.model, self.config.ema_decay, self.step)
         if self.config.gan == "joint":
-            self.generated.learn(self.model, image_ids, self.step)
+            self.generated.learn(self.model, image_ids, self.step, progress)
         return loss
 
     def check_loss(self, loss):

@@ -41,7 +41,7 @@ from common import report  # noqa: E402
 
 import gan  # noqa: E402
 import training  # noqa: E402
-from augmentation import Neighbours, augment_captions, write_variants  # noqa: E402
+from augmentation import Neighbours, augment_captions, read_again, write_variants  # noqa: E402
 from clip import load_model  # noqa: E402
 from config import (  # noqa: E402
     InputError,
@@ -97,34 +97,41 @@ CONTROLS = {"shuffled": Shuffled, "blurred": Blurred}
 
 
 def prepare_data(config, folder, share, held_out, data_seed):
-    """The settings of the data set for this question, written into `folder` where it is a new one."""
-    epochs = {name: round(getattr(config, name) / share) for name in ("epochs", "gan_epochs")}
-    drawn = {"image_path": str(folder / "Images"), "captions_path": str(folder / "captions.txt"), "sample_images": 0}
+    """The settings of the data set for this question, written into `folder` where it is a new one.
+
+    The split is always written down: without official files every seed would split otherwise, and the GAN, whose run
+    has a seed of its own, would have seen test pictures.
+    """
+    changes = {name: round(getattr(config, name) / share) for name in ("epochs", "gan_epochs")}
+    changes |= {"captions_path": str(folder / "captions.txt"), "sample_images": 0}
     if held_out:
         draw_held_out(folder, config.sample_images, held_out, share, data_seed)
-        return {**drawn, **epochs}
+        return {**changes, "image_path": str(folder / "Images")}
     if config.sample_images:
-        draw_sample(
-            **{name: drawn[name] for name in ("image_path", "captions_path")},
-            train_images=round(share * config.sample_images),
-            seed=data_seed,
-        )
-        known = set(read_captions(drawn["captions_path"])["caption"])
+        paths = {"image_path": str(folder / "Images"), "captions_path": str(folder / "drawn" / "captions.txt")}
+        draw_sample(**paths, train_images=config.sample_images, seed=data_seed)
+        config = dataclasses.replace(config, **paths)
+        changes["image_path"] = paths["image_path"]
+    if (folder / "captions.txt").exists():
+        return changes
+    splits, frame = load_splits(config), read_captions(config.captions_path)
+    names = {split: [name_in(config, file) for file in pairs.files] for split, pairs in splits.items()}
+    order = np.random.default_rng(data_seed).permutation(len(names["train"]))
+    kept = sorted(order[: max(2, round(share * len(order)))])
+    named = {"train": [names["train"][i] for i in kept], "dev": names["validation"], "test": names["test"]}
+    everything = {name for part in named.values() for name in part}
+    if config.sample_images:
+        known = set(frame["caption"])
         unseen = [captions_of(scene) for scene in all_scenes() if captions_of(scene)[0] not in known]
         lines = [caption for captions in unseen for caption in captions if caption not in known]
         (folder / "scenes.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        return {**drawn, **epochs}
-    if share == 1:
-        return {}
-    splits = load_splits(config)
-    names = splits["train"].names
-    kept = np.random.default_rng(data_seed).permutation(len(names))[: max(2, round(share * len(names)))]
-    named = {"train": [names[i] for i in sorted(kept)], "dev": splits["validation"].names, "test": splits["test"].names}
-    frame = read_captions(config.captions_path)
-    everything = {name for part in named.values() for name in part}
-    rows = frame[frame["image"].isin(everything)].itertuples(index=False)
-    write_data(folder, list(rows), named)
-    return {"captions_path": str(folder / "captions.txt"), **epochs}
+    write_data(folder, list(frame[frame["image"].isin(everything)].itertuples(index=False)), named)
+    return changes
+
+
+def name_in(config, file):
+    """A picture's name in the captions file."""
+    return file.relative_to(config.image_path).as_posix()
 
 
 def draw_held_out(folder, images, held_out, share, seed):
@@ -204,7 +211,7 @@ def train_first(config, folder):
     return str(folder / "first")
 
 
-def settings_of(arm, config, folder):
+def settings_of(arm, config, folder, first):
     """What an arm changes in the settings."""
     changes = {"gan": {"real": "none", "captions": "none", "joint": "joint"}.get(arm, "pairs")}
     scenes = folder / "data" / "scenes.txt"
@@ -212,16 +219,18 @@ def settings_of(arm, config, folder):
     if arm == "sentences" or (held_out and arm in ("pairs", "shuffled", "joint")):
         changes["gan_captions"] = str(scenes)
     if arm == "new_captions":
-        changes["gan_captions"] = str(augmented(config, folder, "new"))
+        changes["gan_captions"] = str(augmented(config, folder, first, "new"))
     if arm == "captions":
-        changes["captions_path"] = str(augmented(config, folder, "kept"))
+        changes["captions_path"] = str(augmented(config, folder, first, "kept"))
         frame = read_captions(changes["captions_path"])
-        # All captions of an image at once: the same number of steps as the other arms have.
-        changes["captions_per_image"] = int(frame["image"].value_counts().max())
+        # Larger groups of captions instead of more of them: the same number of steps as the other arms have.
+        of_image = read_captions(config.captions_path)["image"].value_counts().max()
+        groups = -(-of_image // config.captions_per_image)
+        changes["captions_per_image"] = int(-(-frame["image"].value_counts().max() // groups))
     return changes
 
 
-def augmented(config, folder, meaning):
+def augmented(config, folder, first, meaning):
     """The file with new captions, or with the captions and their variants."""
     path = folder / meaning / "captions.txt"
     if path.exists():
@@ -230,17 +239,21 @@ def augmented(config, folder, meaning):
     neighbours = Neighbours(pairs.captions)
     number = NEW_CAPTIONS if meaning == "new" else None
     rows = augment_captions(pairs, neighbours, meaning, number=number)
+    accepted = read_again(rows, meaning, neighbours, pairs, first)
+    frame = read_captions(config.captions_path)
+    known = set(map(str.lower, frame["caption"]))  # a caption of a test picture is not to be learned from
+    rows = [row for row, good in zip(rows, accepted, strict=True) if good and row[2].lower() not in known]
     path.parent.mkdir(exist_ok=True)
     if meaning == "new":
-        write_variants(path, [row for row in rows if neighbours.knows(row[2])], pairs, meaning)
+        write_variants(path, rows, pairs, meaning)
         return path
-    frame = read_captions(config.captions_path)
     variants = {}
     for image, _, variant in rows:
-        variants.setdefault(pairs.names[image], []).append(variant)
+        variants.setdefault(name_in(config, pairs.files[image]), []).append(variant)
     groups = frame.groupby("image", sort=False)["caption"].agg(list).to_dict()
     splits = load_splits(config)
-    named = {"train": splits["train"].names, "dev": splits["validation"].names, "test": splits["test"].names}
+    places = {"train": "train", "dev": "validation", "test": "test"}
+    named = {place: [name_in(config, file) for file in splits[split].files] for place, split in places.items()}
     write_data(path.parent, [(n, c) for n, texts in groups.items() for c in [*texts, *variants.get(n, [])]], named)
     return path
 
@@ -249,7 +262,7 @@ def run_arm(arm, seed, config, folder, first):
     """Train one arm with one seed, unless it has been; its test figures as a dict."""
     place = folder / f"{arm}-{seed}"
     if not (place / "test.json").exists():
-        changes = {"run": str(place), "seed": seed, "gan_run": first, **settings_of(arm, config, folder)}
+        changes = {"run": str(place), "seed": seed, "gan_run": first, **settings_of(arm, config, folder, first)}
         trainer = training.Trainer(dataclasses.replace(config, **changes))
         if arm in CONTROLS:
             trainer.generated = CONTROLS[arm](
@@ -328,22 +341,41 @@ def table(results, seeds):
     return rows
 
 
-def ensemble_rows(config, folder, seeds, arm="pairs"):
-    """Figures of ensembles by seed: a plain run and one of `arm`, and two plain runs (its own and the next seed's)."""
+def ensembles(config, folder, seeds, arm="pairs"):
+    """Mean figures of ensembles of two: a plain run and one of `arm`, and two plain runs (its own and the next seed's).
+
+    No interval is given: a plain run is in more than one of them, so they are not independent.
+    """
     following = dict(zip(seeds, [*seeds[1:], seeds[0]], strict=True))
     pairs_of = {
         f"real + {arm}": lambda seed: [folder / f"real-{seed}", folder / f"{arm}-{seed}"],
         "real + real": lambda seed: [folder / f"real-{seed}", folder / f"real-{following[seed]}"],
     }
-    return {
-        name: {seed: test_figures(similarities(runs(seed), config), config, folder) for seed in seeds}
-        for name, runs in pairs_of.items()
-    }
+    found = {}
+    for name, runs in pairs_of.items():
+        by_seed = [test_figures(similarities(runs(seed), config), config, folder) for seed in seeds]
+        found[name] = {figure: round(statistics.mean(f[figure] for f in by_seed), 2) for figure in by_seed[0]}
+    return found
+
+
+def check_settings(folder, config):
+    """Raise InputError if the folder holds runs with other settings: they would be taken for today's."""
+    path, settings = folder / "settings.json", {**vars(config), "run": "", "device": "", "num_workers": 0}
+    if path.exists():
+        before = read_json(path)
+        for name, value in settings.items():
+            if before.get(name) != value:
+                raise InputError(
+                    f"{name} is {value}, but {folder} holds runs with {before.get(name)}: give another --folder"
+                )
+    write_json(path, settings)
 
 
 @exit_on_input_error
 def main(argv=None):
-    parser = OneLineParser(prog="gan_ablation.py", description="What generated pictures are worth.", add_help=False)
+    parser = OneLineParser(
+        prog="gan_ablation.py", description="What generated pictures are worth.", add_help=False, allow_abbrev=False
+    )
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(1, ENOUGH + 1)))
     parser.add_argument("--share", type=float, default=1.0)
@@ -355,10 +387,14 @@ def main(argv=None):
     config = build_config(given if "image_path" in given else {**parse_flags(["--preset", "demo"]), **given})
     if not 0 < own.share <= 1 or (own.held_out and not config.sample_images):
         raise InputError("share must lie between 0 and 1, and combinations are held out of the drawn data set only")
+    own.seeds = list(dict.fromkeys(own.seeds))
+    if FIRST_SEED in own.seeds:
+        raise InputError(f"seed {FIRST_SEED} is that of the CLIP whose GAN is used: give others")
     folder = Path(own.folder) / f"share-{own.share:g}-held-out-{own.held_out}-data-{own.data_seed}"
     data = prepare_data(config, folder / "data", own.share, own.held_out, own.data_seed)
     # Sentences that no photograph has can be written for drawn scenes alone; held out, `pairs` already has them.
     possible = [arm for arm in ARMS if arm != "sentences" or (config.sample_images and not own.held_out)]
+    check_settings(folder, config)
     config = dataclasses.replace(config, **data)
     first = train_first(config, folder)
     results = {}
@@ -367,13 +403,14 @@ def main(argv=None):
         for seed in own.seeds:
             print(f"\n==== {arm}, seed {seed} ====", flush=True)
             results[arm][seed] = run_arm(arm, seed, config, folder, first)
+    more = {}
     if "pairs" in results and len(own.seeds) > 1:
-        results |= ensemble_rows(config, folder, own.seeds)
+        more["ensembles"] = ensembles(config, folder, own.seeds)
     rows = table(results, own.seeds)
     note = "paired differences to real with 95% intervals; *: the interval excludes zero"
     if len(own.seeds) < ENOUGH:
         note = f"{len(own.seeds)} seeds: no conclusion is drawn from fewer than {ENOUGH}"
-    report(f"gan_ablation-{folder.name}", rows, note=note, seeds=own.seeds, settings=rest)
+    report(f"gan_ablation-{folder.name}", rows, note=note, seeds=own.seeds, settings=rest, **more)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from common import report  # noqa: E402
 from clip import load_model, setup_device  # noqa: E402
 from config import InputError, OneLineParser, exit_on_input_error  # noqa: E402
 from dataset import load_splits  # noqa: E402
-from gan import PictureStore, generate, load_generator, resize_pictures  # noqa: E402
+from gan import PictureStore, conditioning_run, generate, load_generator, resize_pictures  # noqa: E402
 from index import embed_captions  # noqa: E402
 from shapes import COLOURS, GROUNDS  # noqa: E402
 
@@ -121,7 +121,7 @@ def colours_right(pictures, captions):
 
 def evaluate(run, judge_run, device, seed=0):
     """The rows of the table: the generator's pictures and the real test pictures at its size."""
-    clip, judge = load_model(run, device), load_model(judge_run, device)
+    clip, judge = load_model(conditioning_run(run), device), load_model(judge_run, device)
     if clip.config.seed == judge.config.seed:
         raise InputError(f"run and judge were both trained with seed {clip.config.seed}: a judge needs another")
     generator, rng = load_generator(Path(run) / "gan", device), np.random.default_rng(seed)
@@ -129,7 +129,10 @@ def evaluate(run, judge_run, device, seed=0):
     test = splits["test"]
     if len(test.files) < 2:
         raise InputError("the run's data set has no test images to take unseen captions from")
-    chosen = np.array([rng.integers(a, b) for a, b in zip(test.first, test.first[1:], strict=False)])
+    if set(load_splits(judge.config)["train"].names) & set(test.names):
+        raise InputError("the judge learned from the run's test pictures: give one with the same split")
+    known = set(splits["train"].captions)
+    chosen = np.array([unseen_caption(test, image, known, rng) for image in range(len(test.files))])
     captions = [test.captions[j] for j in chosen]
     stores = {split: PictureStore(clip, splits[split], clip.config, size, device) for split in ("train", "test")}
     generated = generate(generator, stores["test"].embeddings[chosen], seed)
@@ -167,6 +170,12 @@ def evaluate(run, judge_run, device, seed=0):
             }
         )
     return rows
+
+
+def unseen_caption(pairs, image, known, rng):
+    """The number of one of the picture's captions, of those that are none of the `known` ones if there are any."""
+    numbers = range(*pairs.first[image : image + 2])
+    return rng.choice([j for j in numbers if pairs.captions[j] not in known] or list(numbers))
 
 
 @exit_on_input_error

@@ -65,6 +65,16 @@ def criteria(scores, belongs, pairs):
     return found
 
 
+COLUMNS = (
+    "gallery",
+    "threshold",
+    "right when it is there %",
+    "and it comes first %",
+    "right when it is not %",
+    "right verdicts %",
+)
+
+
 def main():
     import numpy as np
     import torch
@@ -82,18 +92,14 @@ def main():
             images = torch.from_numpy(np.sort(rng.permutation(len(pairs.files))[:size]))
             captions = torch.from_numpy(np.flatnonzero(np.isin(pairs.image_index, images.numpy())))
             least = threshold(calibration, "text_to_image", size)
-            results.append(verdicts(scores[captions][:, images], belongs[captions][:, images], least))
+            part = scores[captions][:, images], belongs[captions][:, images]
+            results.append(None if least is None else verdicts(*part, least))
+        if None in results:  # so many pictures that verdicts would be little better than a coin's: none are given
+            rows.append(dict.fromkeys(COLUMNS, "none given") | {"gallery": size})
+            continue
         present, first, absent = (sum(values) / len(results) for values in zip(*results, strict=True))
-        rows.append(
-            {
-                "gallery": size,
-                "threshold": round(least, 3),
-                "right when it is there %": round(present, 1),
-                "and it comes first %": round(first, 1),
-                "right when it is not %": round(absent, 1),
-                "right verdicts %": round((present + absent) / 2, 1),
-            }
-        )
+        values = [least, present, first, absent, (present + absent) / 2]
+        rows.append(dict(zip(COLUMNS, [size, *(round(value, 3 if value < 1 else 1) for value in values)], strict=True)))
     compared = criteria(*split_scores(runs, "validation"))
     queries = {"queries": len(pairs.captions), "runs": [str(run.folder.parent) for run in runs]}
     report("verdicts" if len(runs) == 1 else "verdicts_ensemble", rows, criteria_on_validation=compared, **queries)

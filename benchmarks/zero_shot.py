@@ -8,7 +8,7 @@ have the same. Three tasks follow, each for the test images:
 - one answer: the pictures that have one (for the ground, all);
 - all answers: every picture; as many labels are named as it has different colours (or shapes), and the share of its
   labels that are among them counts;
-- drawn anew: 400 pictures more of the first kind, of scenes not in the training set (the test images have few).
+- drawn anew: up to 400 pictures of the first kind, of scenes not in the training set (the test images have few).
 """
 
 import sys

@@ -12,11 +12,10 @@ from conftest import flags
 from safetensors.torch import load_file
 
 import gan
-import generated
 import main
 from clip import contrastive_backward, contrastive_loss, load_model
 from config import Config, InputError, read_json
-from dataset import load_splits
+from dataset import load_splits, pairs_naming
 from gan_networks import GENERATORS, NOISE, Architecture, Discriminator, ModulatedConv
 from training import Trainer
 
@@ -157,8 +156,46 @@ def test_discriminator_learns_to_see_wrong_captions():
     embeddings = torch.eye(16)[:4] * 1.0
     player.generator.caption.measure(embeddings), player.discriminator.caption.measure(embeddings)
     real = (2 * colours - 1)[:, :, None, None].expand(-1, -1, 32, 32)
-    shares = [player.train_step(real, embeddings)["real_above_mismatched"].item() for _ in range(60)]
+    shares = [
+        player.train_step(real, embeddings, embeddings.roll(1, 0))["real_above_mismatched"].item() for _ in range(60)
+    ]
     assert np.mean(shares[-10:]) > 0.9 > np.mean(shares[:5])
+
+
+def test_wrong_captions_are_those_of_other_pictures_most_like_the_own(tiny_config, trained_run):
+    model = load_model(trained_run)
+    config = tiny_config()
+    store = gan.PictureStore(model, load_splits(config)["train"], config, 32, torch.device("cpu"))
+    images, chosen = torch.arange(24), store.first[:-1]
+    wrong, likeness = store.wrong_captions(images, chosen), store.embeddings @ store.embeddings.T
+    for image, embedding in zip(images.tolist(), wrong, strict=True):
+        (number,) = (store.embeddings - embedding).norm(dim=1).argsort()[:1].tolist()
+        assert store.image_index[number] != image
+        others = likeness[chosen[image]][store.image_index != image]
+        assert (others > likeness[chosen[image], number] + 1e-6).sum() <= 0.2 * len(others)  # 256 were drawn of 120
+
+
+def test_a_subset_is_learned_and_only_its_captions_are_painted(tiny_config, trained_run, tmp_path, refused):
+    shutil.copytree(trained_run, tmp_path / "run")
+    gan.main(["--run", "run", "--gan_subset", "ring, Hoop", *words({**TINY, "gan_epochs": 1})])
+    assert read_json(tmp_path / "run/gan/config.json")["settings"]["gan_subset"] == "ring, Hoop"
+    pairs = load_splits(tiny_config())["train"]
+    with_rings = {
+        int(i)
+        for c, i in zip(pairs.captions, pairs.image_index, strict=True)
+        if {"ring", "hoop"} & set(c.lower().split())
+    }
+    subset = pairs_naming(pairs, "ring,hoop")
+    assert subset.names == [pairs.names[i] for i in sorted(with_rings)] and 0 < len(with_rings) < 24
+    assert subset.captions == [c for c, i in zip(pairs.captions, pairs.image_index, strict=True) if i in with_rings]
+    trainer = Trainer(tiny_config(gan="pairs", gan_run="run", gan_ratio=4.0, gan_gate=100, run="with"))
+    batches = trainer.generated.micro_batches(16, 0, 0.5)
+    decode = trainer.model.tokenizer.batch_decode
+    texts = [text for batch in batches for text in decode(batch["input_ids"], skip_special_tokens=True)]
+    assert texts and all({"ring", "hoop"} & set(text.split()) for text in texts)
+    assert "give other words" in refused(gan.main, ["--run", str(trained_run), "--gan_subset", "zebra", *words(TINY)])
+    line = refused(main.main, flags(tiny_config(gan="joint", gan_run="run", run="joint")))
+    assert "learned from a subset" in line
 
 
 def test_a_training_that_is_resumed_goes_on_as_if_it_had_not_stopped(gan_run, trained_run, tmp_path):
@@ -461,11 +498,11 @@ def test_joint_terms_reach_the_parameters_they_are_meant_for(with_gan):
     assert temperature_reached()
     assert reached() == {"clip"}
 
-    real, embeddings, captions = joint.store.batch(batch["image_ids"])
+    real, embeddings, wrong, captions = joint.store.batch(batch["image_ids"])
     fake = player.generator(torch.randn(8, NOISE), embeddings)
     # BCE and R1 of the discriminator
     player.step = 0
-    player.discriminator_step(real, embeddings, fake.detach())
+    player.discriminator_step(real, embeddings, wrong, fake.detach())
     assert reached() == {"discriminator"}
     # BCE of the generator, alone
     player.generator_step(fake, embeddings)
@@ -473,28 +510,26 @@ def test_joint_terms_reach_the_parameters_they_are_meant_for(with_gan):
     # CLIP's match, alone: a gradient at the pictures, mu times as long as the discriminator's
     fake = player.generator(torch.randn(8, NOISE), embeddings)
     gradient = torch.randn_like(fake)
-    pull = joint.match_gradient(fake, captions, gradient)
+    pull = gan.match_gradient(joint.copy, joint.encode(captions), 0.3, None, fake, gradient)
     assert reached() == set()
-    assert pull.norm().item() == pytest.approx(trainer.config.gan_match * gradient.norm().item(), rel=1e-4)
+    assert pull.norm().item() == pytest.approx(0.3 * gradient.norm().item(), rel=1e-4)
     fake.backward(pull)
     assert reached() == {"generator"}
 
 
 def test_match_gradient_leads_to_pictures_that_match_better(with_gan):
     joint = Trainer(with_gan(gan="joint")).generated
-    joint.config = dataclasses.replace(joint.config, gan_match=1.0)
-    captions = torch.arange(0, 8)
+    texts = joint.encode(torch.arange(0, 8))
     fake, gradient = torch.randn(8, 3, 32, 32).clamp(-1, 1), torch.ones(8, 3, 32, 32)
 
     def distance(pictures):
         torch.manual_seed(3)  # the same shifts and cuts
-        ids, mask = generated.pad_tokens([joint.all_tokens[j] for j in range(8)], joint.pad_id)
         with torch.no_grad():
-            images, texts = joint.copy.encode_image((gan.augment(pictures) + 1) / 2), joint.copy.encode_text(ids, mask)
+            images = joint.copy.encode_image((gan.augment(pictures) + 1) / 2)
         return (1 - (images * texts).sum(1)).mean().item()
 
     torch.manual_seed(3)
-    pull = joint.match_gradient(fake, captions, gradient)
+    pull = gan.match_gradient(joint.copy, texts, 1.0, None, fake, gradient)
     assert distance(fake - 0.1 * pull) < distance(fake)
 
 
