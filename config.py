@@ -95,7 +95,7 @@ class Config:
     gan_weight: float = setting(0.5, "weight of a generated picture in the loss; a real one has 1", 0, 10)
     gan_start: float = setting(0.3, "generated pictures from this share of the training on", 0, 1)
     gan_end: float = setting(0.8, "and up to this one", 0, 1)
-    gan_gate: int = setting(10, "drop a picture whose caption is not in the first so many of 100; 100: all stay",
+    gan_gate: int = setting(10, "drop a picture if a CLIP ranks its caption lower among the 100 most alike; 100: none",
                             1, 100)
     gan_captions: str = setting("", "file of captions to generate pictures of, one a line; empty: the training's")
     gan_match: float = setting(1.0, "CLIP's share of the generator's gradient, relative to the GAN's; 0: none", 0, 10)

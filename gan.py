@@ -58,17 +58,19 @@ def gradient_penalty(discriminator, pictures, embeddings):
     return gradient.square().sum((1, 2, 3)).mean()
 
 
-def match_gradient(clip, texts, share, dtype, fake, gradient):
-    """`share` times the gradient, at the fakes (B, 3, S, S), of their distance from their captions in a CLIP's eyes.
+def match_gradient(clip, texts, wrong, share, dtype, fake, gradient):
+    """`share` times the gradient, at the fakes (B, 3, S, S), of a CLIP's cross entropy of their captions.
 
-    It is brought to the length of `gradient`, the discriminator's: for the generator only the ratio of the two counts.
-    The CLIP sees the fakes shifted and cut, so that signs which only it would read do not pay.
+    Each picture is to be nearer to its own caption (B, D) than to a wrong one that is much like it (B, D): what the
+    two have in common earns nothing. The gradient is brought to the length of `gradient`, the discriminator's: for
+    the generator only the ratio of the two counts. The CLIP sees the fakes shifted and cut, so that signs which only
+    it would read do not pay.
     """
     fake = fake.detach().requires_grad_()
     with autocast(fake.device, dtype):
         images = clip.encode_image(resize_pictures((augment(fake) + 1) / 2, clip.config.size))
-    distance = (1 - F.cosine_similarity(images, texts)).mean()
-    (own,) = torch.autograd.grad(distance, fake)
+    margin = (images * texts).sum(1) - (images * wrong).sum(1)
+    (own,) = torch.autograd.grad(F.softplus(-clip.logit_scale.exp() * margin).mean(), fake)
     return share * gradient.norm() / own.norm().clamp(min=1e-12) * own
 
 
@@ -216,8 +218,8 @@ class PictureStore:
         return self.embeddings[self.first[:-1][:100]]
 
     def batch(self, images):
-        """Of B image numbers the pictures (B, 3, S, S) in [-1, 1], and of one caption each (B, D) embeddings, those of
-        a wrong caption (B, D) and the number (B,).
+        """Of B image numbers the pictures (B, 3, S, S) in [-1, 1] and the embeddings (B, D) of one caption each, then
+        the numbers (B,) of these captions and of wrong ones.
 
         Half of the pictures are mirrored, unless the caption says left or right. Half of the embeddings lie between
         two captions of the picture: the generator has to know the space between the training captions, too.
@@ -230,10 +232,10 @@ class PictureStore:
         real = torch.where(mirrored[:, None, None, None], real.flip(3), real)
         share = torch.rand(len(images), 1, device=images.device) * blended
         between = torch.lerp(self.embeddings[chosen], self.embeddings[other], share)
-        return real, F.normalize(between, dim=1), self.wrong_captions(images, chosen), chosen
+        return real, F.normalize(between, dim=1), chosen, self.wrong_captions(images, chosen)
 
     def wrong_captions(self, images, chosen):
-        """(B, D) embeddings of captions of other pictures: of some drawn at random, the most like each of the chosen.
+        """(B,) the numbers of captions of other pictures: of some drawn at random, the most like each of the chosen.
 
         Any other caption would mostly name another scene altogether, and the discriminator, and so the generator,
         would never have to look at what tells apart two captions that are alike.
@@ -241,7 +243,7 @@ class PictureStore:
         drawn = torch.randint(len(self.embeddings), (WRONG_AMONG,), device=images.device)
         likeness = self.embeddings[chosen] @ self.embeddings[drawn].T  # (B, WRONG_AMONG)
         likeness.masked_fill_(self.image_index[drawn] == images[:, None], -2)
-        return self.embeddings[drawn[likeness.argmax(1)]]
+        return drawn[likeness.argmax(1)]
 
     def draw_captions(self, images):
         counts = self.first[images + 1] - self.first[images]
@@ -366,8 +368,11 @@ def train_epoch(gan, clip, store, config, steps, bar):
     started, sums = time.perf_counter(), {}
     order = torch.randperm(len(store.pictures), device=gan.device)
     for images in order[: steps * batch_size].split(batch_size):
-        real, embeddings, wrong, _ = store.batch(images)
-        match = partial(match_gradient, clip, embeddings, config.gan_match, gan.dtype) if config.gan_match else None
+        real, embeddings, _, wrong = store.batch(images)
+        wrong = store.embeddings[wrong]
+        match = (
+            partial(match_gradient, clip, embeddings, wrong, config.gan_match, gan.dtype) if config.gan_match else None
+        )
         measured = gan.train_step(real, embeddings, wrong, match)
         sums = {name: sums.get(name, 0) + value for name, value in measured.items()}
         if bar.update():  # drawn about twice a second; only then does the host wait for the device

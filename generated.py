@@ -5,7 +5,7 @@ discriminator D, a step of `joint` lowers three losses, each for its own paramet
 
     theta:  CE(real pairs and [G(z, c)] with their captions)                    the contrastive loss, weighted
     psi:    BCE(D(x, c), 1) + BCE(D([G], c), 0) / 2 + BCE(D(x, c'), 0) / 2 + R1     x real, c' a wrong caption
-    phi:    BCE(D(G(z, c), c), 1) + mu (1 - cos(f(G(z, c)), g(c)))              f, g: a slow, frozen copy of CLIP
+    phi:    BCE(D(G(z, c), c), 1) + mu CE(f(G(z, c)); g(c) against g(c'))       f, g: a slow, frozen copy of CLIP
 
 [.] stops the gradient. What each term reaches:
 
@@ -64,7 +64,7 @@ class GeneratedPairs:
 
     A caption without a photograph is its own group; one of the training captions belongs to its photograph's, so that
     the two, and other pictures for the same captions, never count as each other's negatives. The trained CLIP of the
-    GAN's run is the judge: a picture stays if its caption is in the first `gan_gate` of a hundred.
+    GAN's run is the judge: a picture stays if its caption is in the first `gan_gate` of it and the 99 most like it.
     """
 
     def __init__(self, config, pairs, model, device, dtype):
@@ -76,8 +76,8 @@ class GeneratedPairs:
         self.generator = load_generator(folder / "gan", device)
         captions, image_ids = list(pairs.captions), pairs.image_index.tolist()
         if config.gan_captions:
-            captions = read_caption_list(config.gan_captions)
-            image_ids = group_captions(captions, pairs)
+            captions, groups = read_caption_list(config.gan_captions)
+            image_ids = group_captions(captions, groups, pairs)
         known = read_json(folder / "gan" / "config.json").get("settings", {}).get("gan_subset", "")
         kept = [number for number, caption in enumerate(captions) if names_one_of(caption, known)]
         if len(kept) < 2:
@@ -99,24 +99,23 @@ class GeneratedPairs:
             return None
         random = torch.Generator().manual_seed(step_seed(config.seed, step, rank, 1))
         order = torch.randperm(len(self.tokens), generator=random)
-        others = order[-(JUDGED_AMONG - 1) :].to(self.device)
         chosen = order[: round(config.gan_ratio * images)]
         if len(chosen) < 2:
             return []
         parts = -(-len(chosen) // (config.micro_batch_size or config.batch_size))
-        made = [self.make(part.to(self.device), others, random) for part in chosen.tensor_split(max(1, parts))]
+        made = [self.make(part.to(self.device), random) for part in chosen.tensor_split(max(1, parts))]
         return [batch for batch in made if batch is not None]
 
     def is_active(self, progress):
         return self.config.gan_start <= progress < self.config.gan_end
 
-    def make(self, chosen, others, random):
+    def make(self, chosen, random):
         """One micro-batch of pictures for the captions with these numbers, those that fail the gate left out.
 
         None if fewer than two are left: BatchNorm would stumble over a single one.
         """
         pictures = self.paint(chosen, random)
-        chosen_ids, kept = self.image_ids[chosen], self.passes(pictures, chosen, others)
+        chosen_ids, kept = self.image_ids[chosen], self.passes(pictures, chosen)
         number = kept.sum()
         self.counts += torch.stack([torch.tensor(len(kept), device=self.device), number * (number > 1)])
         chosen, pictures, chosen_ids = chosen[kept], pictures[kept], chosen_ids[kept]
@@ -139,15 +138,19 @@ class GeneratedPairs:
             pictures = (self.generator(noise, self.embeddings[chosen]) + 1) / 2
         return resize_pictures(pictures, self.config.size)
 
-    def passes(self, pictures, chosen, others):
-        """(S,) whether the judge ranks each picture's own caption high enough among 99 others of other images."""
+    def passes(self, pictures, chosen):
+        """(S,) whether the judge ranks each picture's own caption high enough among the captions most like it.
+
+        Those are captions of other images: beside any others, a picture with the right colours alone would pass.
+        """
         with autocast(self.device, self.dtype):
             images = self.judge.encode_image(pictures)
+        likeness = self.embeddings[chosen] @ self.embeddings.T  # (S, T)
+        likeness.masked_fill_(self.image_ids[chosen][:, None] == self.image_ids, -2)
+        likeness, others = likeness.topk(min(JUDGED_AMONG - 1, likeness.shape[1]))  # (S, 99)
+        scores = torch.einsum("sd,sod->so", images, self.embeddings[others])
         own = (images * self.embeddings[chosen]).sum(1, keepdim=True)
-        above = (images @ self.embeddings[others].T >= own) & (
-            self.image_ids[chosen][:, None] != self.image_ids[others]
-        )
-        return above.sum(1) < self.config.gan_gate
+        return ((scores >= own) & (likeness > -2)).sum(1) < self.config.gan_gate
 
     def end_epoch(self, folder):
         """What is noted about the epoch, a dict."""
@@ -180,19 +183,27 @@ def check_split(config, pairs):
 
 
 def read_caption_list(path):
-    """The captions of a text file, one a line, without repetitions; raises InputError."""
+    """The different captions of a text file and their groups; raises InputError.
+
+    A line is a caption, or the name of a group, a tab, and a caption: those of one group say the same. A caption alone
+    is a group by itself.
+    """
     if not Path(path).is_file():
         raise InputError(f"gan_captions is {path}, which is not a file: give a text file with one caption a line")
-    captions = list(dict.fromkeys(read_lines(Path(path))))
-    if len(captions) < 2:
-        raise InputError(f"{path} holds {len(captions)} captions: give at least 2, one a line")
-    return captions
+    found = {}
+    for line in read_lines(Path(path)):
+        group, tab, caption = line.partition("\t")
+        found.setdefault(caption.strip() if tab else line, group if tab else line)
+    if len(found) < 2:
+        raise InputError(f"{path} holds {len(found)} captions: give at least 2, one a line")
+    return list(found), list(found.values())
 
 
-def group_captions(captions, pairs):
-    """For each caption the number of the training image that has it, else a negative number of its own, a list."""
+def group_captions(captions, groups, pairs):
+    """For each caption the number of the training image that has it, else a negative number, its group's, a list."""
     known = dict(zip(pairs.captions, pairs.image_index.tolist(), strict=True))
-    return [known.get(caption, -1 - number) for number, caption in enumerate(captions)]
+    numbers = {group: -1 - number for number, group in enumerate(dict.fromkeys(groups))}
+    return [known.get(caption, numbers[group]) for caption, group in zip(captions, groups, strict=True)]
 
 
 class LearningPairs(GeneratedPairs):
@@ -222,9 +233,10 @@ class LearningPairs(GeneratedPairs):
         if not self.is_active(progress):
             return
         images = image_ids.to(self.device)[: self.config.gan_batch_size]
-        real, embeddings, wrong, captions = self.store.batch(images)
-        match = partial(match_gradient, self.copy, self.encode(captions), self.config.gan_match, self.dtype)
-        self.gan.train_step(real, embeddings, wrong, match)
+        real, embeddings, captions, wrong = self.store.batch(images)
+        texts = self.encode(captions), self.encode(wrong)
+        match = partial(match_gradient, self.copy, *texts, self.config.gan_match, self.dtype)
+        self.gan.train_step(real, embeddings, self.store.embeddings[wrong], match)
 
     @torch.no_grad()
     def encode(self, captions):

@@ -70,8 +70,8 @@ NEW_CAPTIONS = 2000
 class Shuffled(GeneratedPairs):
     """Pictures that pass the gate as they are, each then given the caption of the next."""
 
-    def make(self, chosen, others, random):
-        batch = super().make(chosen, others, random)
+    def make(self, chosen, random):
+        batch = super().make(chosen, random)
         if batch is not None:
             for name in ("input_ids", "attention_mask", "image_ids"):
                 batch[name] = batch[name].roll(1, 0)
@@ -123,8 +123,7 @@ def prepare_data(config, folder, share, held_out, data_seed):
     if config.sample_images:
         known = set(frame["caption"])
         unseen = [captions_of(scene) for scene in all_scenes() if captions_of(scene)[0] not in known]
-        lines = [caption for captions in unseen for caption in captions if caption not in known]
-        (folder / "scenes.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_scenes(folder / "scenes.txt", unseen, known)
     write_data(folder, list(frame[frame["image"].isin(everything)].itertuples(index=False)), named)
     return changes
 
@@ -169,13 +168,20 @@ def draw_held_out(folder, images, held_out, share, seed):
             draw_scene(scene, rng).save(folder / "Images" / name, quality=92)
             rows += [(name, caption) for caption in captions_of(scene)]
             named[split].append(name)
-    for_generator = [caption for scene in with_absent[200 : 200 + NEW_CAPTIONS // 5] for caption in captions_of(scene)]
-    for_generator += [caption for scene in parts["train"] for caption in captions_of(scene)]
-    tested = {caption for scene in parts["test"] for caption in captions_of(scene)}  # one in five names no relation
-    lines = [caption for caption in for_generator if caption not in tested]
-    (folder / "scenes.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    tested = {caption for scene in parts["test"] for caption in captions_of(scene)}
+    scenes = [*with_absent[200 : 200 + NEW_CAPTIONS // 5], *parts["train"]]
+    write_scenes(folder / "scenes.txt", [captions_of(scene) for scene in scenes], tested)
     write_json(folder / "held_out.json", {"combinations": sorted(absent), "test_images": named["test"][:200]})
     write_data(folder, rows, named)
+
+
+def write_scenes(path, scenes, without):
+    """A file for --gan_captions: the captions of a scene are a group; those of `without` are left out.
+
+    One caption in five names no relation, so that two scenes have it.
+    """
+    lines = [f"{n}\t{text}" for n, captions in enumerate(scenes) for text in captions if text not in without]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def spread(combinations, number, rng):

@@ -168,8 +168,7 @@ def test_wrong_captions_are_those_of_other_pictures_most_like_the_own(tiny_confi
     store = gan.PictureStore(model, load_splits(config)["train"], config, 32, torch.device("cpu"))
     images, chosen = torch.arange(24), store.first[:-1]
     wrong, likeness = store.wrong_captions(images, chosen), store.embeddings @ store.embeddings.T
-    for image, embedding in zip(images.tolist(), wrong, strict=True):
-        (number,) = (store.embeddings - embedding).norm(dim=1).argsort()[:1].tolist()
+    for image, number in zip(images.tolist(), wrong.tolist(), strict=True):
         assert store.image_index[number] != image
         others = likeness[chosen[image]][store.image_index != image]
         assert (others > likeness[chosen[image], number] + 1e-6).sum() <= 0.2 * len(others)  # 256 were drawn of 120
@@ -343,21 +342,21 @@ def test_pictures_come_only_in_their_part_of_the_training(with_gan):
 def test_gate_keeps_what_the_judge_ranks_high_and_counts_the_rest(with_gan, gan_run):
     trainer = Trainer(with_gan(gan_ratio=2.0, gan_gate=30))
     pairs, splits = trainer.generated, load_splits(trainer.config)
-    others, chosen = torch.arange(60, 120), torch.arange(0, 40)
+    chosen = torch.arange(0, 40)
     random = torch.Generator().manual_seed(0)
     pictures = pairs.paint(chosen, random)
     judge = load_model(gan_run)
     with torch.no_grad():
         images = judge.encode_image(pictures)
-    kept = []
+    kept, owner, texts = [], splits["train"].image_index, pairs.embeddings
     for caption, image in zip(chosen.tolist(), images, strict=True):
-        own = float(image @ pairs.embeddings[caption])
-        owner = splits["train"].image_index
-        above = [o for o in others.tolist() if owner[o] != owner[caption] and float(image @ pairs.embeddings[o]) >= own]
+        others = [o for o in range(120) if owner[o] != owner[caption]]
+        others = sorted(others, key=lambda o: -float(texts[o] @ texts[caption]))[:99]
+        above = [o for o in others if float(image @ texts[o]) >= float(image @ texts[caption])]
         if len(above) < 30:
             kept.append(caption)
     assert 0 < len(kept) < 40
-    batch = pairs.make(chosen, others, torch.Generator().manual_seed(0))
+    batch = pairs.make(chosen, torch.Generator().manual_seed(0))
     assert torch.equal(batch["images"], pictures[kept])
     assert batch["image_ids"].tolist() == [owner[caption] for caption in kept]
     assert pairs.end_epoch(None) == {"generated": 40, "dropped_by_gate": 40 - len(kept)}
@@ -370,6 +369,12 @@ def test_a_list_of_captions_takes_the_place_of_the_training_captions(with_gan, t
     (tmp_path / "list.txt").write_text("\n".join([*new, "", new[0]]) + "\n", encoding="utf-8")
     pairs = Trainer(with_gan(gan_captions=str(tmp_path / "list.txt"))).generated
     assert pairs.image_ids.tolist() == [-1, train.image_index[7]]
+    lines = ["7\tA red ring .", "A box", "7\tA ring that is red .", f"8\t{train.captions[7]}", "A box"]
+    (tmp_path / "list.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    pairs = Trainer(with_gan(gan_captions=str(tmp_path / "list.txt"), run=str(tmp_path / "grouped"))).generated
+    first, alone, second, known = pairs.image_ids.tolist()
+    assert first == second < 0 and alone < 0 and alone != first  # one group says the same and is never a negative
+    assert known == train.image_index[7]
     assert "holds 1 captions" in refusal_of_list(with_gan, tmp_path, "one\n")
 
 
@@ -498,11 +503,11 @@ def test_joint_terms_reach_the_parameters_they_are_meant_for(with_gan):
     assert temperature_reached()
     assert reached() == {"clip"}
 
-    real, embeddings, wrong, captions = joint.store.batch(batch["image_ids"])
+    real, embeddings, captions, wrong = joint.store.batch(batch["image_ids"])
     fake = player.generator(torch.randn(8, NOISE), embeddings)
     # BCE and R1 of the discriminator
     player.step = 0
-    player.discriminator_step(real, embeddings, wrong, fake.detach())
+    player.discriminator_step(real, embeddings, joint.store.embeddings[wrong], fake.detach())
     assert reached() == {"discriminator"}
     # BCE of the generator, alone
     player.generator_step(fake, embeddings)
@@ -510,7 +515,7 @@ def test_joint_terms_reach_the_parameters_they_are_meant_for(with_gan):
     # CLIP's match, alone: a gradient at the pictures, mu times as long as the discriminator's
     fake = player.generator(torch.randn(8, NOISE), embeddings)
     gradient = torch.randn_like(fake)
-    pull = gan.match_gradient(joint.copy, joint.encode(captions), 0.3, None, fake, gradient)
+    pull = gan.match_gradient(joint.copy, joint.encode(captions), joint.encode(wrong), 0.3, None, fake, gradient)
     assert reached() == set()
     assert pull.norm().item() == pytest.approx(0.3 * gradient.norm().item(), rel=1e-4)
     fake.backward(pull)
@@ -519,18 +524,24 @@ def test_joint_terms_reach_the_parameters_they_are_meant_for(with_gan):
 
 def test_match_gradient_leads_to_pictures_that_match_better(with_gan):
     joint = Trainer(with_gan(gan="joint")).generated
-    texts = joint.encode(torch.arange(0, 8))
+    texts, wrong = joint.encode(torch.arange(0, 8)), joint.encode(torch.arange(40, 48))
     fake, gradient = torch.randn(8, 3, 32, 32).clamp(-1, 1), torch.ones(8, 3, 32, 32)
 
-    def distance(pictures):
+    def cross_entropy(pictures):  # of two captions, by PyTorch's own
         torch.manual_seed(3)  # the same shifts and cuts
         with torch.no_grad():
             images = joint.copy.encode_image((gan.augment(pictures) + 1) / 2)
-        return (1 - (images * texts).sum(1)).mean().item()
+            logits = joint.copy.logit_scale.exp() * torch.stack([(images * t).sum(1) for t in (texts, wrong)], 1)
+            return torch.nn.functional.cross_entropy(logits, torch.zeros(8, dtype=torch.long)).item()
 
     torch.manual_seed(3)
-    pull = gan.match_gradient(joint.copy, texts, 1.0, None, fake, gradient)
-    assert distance(fake - 0.1 * pull) < distance(fake)
+    pull = gan.match_gradient(joint.copy, texts, wrong, 1.0, None, fake, gradient)
+    assert cross_entropy(fake - 0.1 * pull) < cross_entropy(fake)
+    # It points along the gradient of that cross entropy, by finite differences.
+    torch.manual_seed(3)
+    step = 1e-2 * torch.randn_like(fake)
+    change = cross_entropy(fake + step) - cross_entropy(fake - step)
+    assert np.sign(change) == np.sign((pull * step).sum().item())
 
 
 def test_joint_run_learns_all_three_and_resumes_exactly(with_gan, tmp_path, gan_run):
