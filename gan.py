@@ -58,19 +58,18 @@ def gradient_penalty(discriminator, pictures, embeddings):
     return gradient.square().sum((1, 2, 3)).mean()
 
 
-def match_gradient(clip, texts, wrong, share, dtype, fake, gradient):
-    """`share` times the gradient, at the fakes (B, 3, S, S), of a CLIP's cross entropy of their captions.
+def match_gradient(clip, texts, share, dtype, fake, gradient):
+    """`share` times the gradient, at the fakes (B, 3, S, S), of their distance from their captions in a CLIP's eyes.
 
-    Each picture is to be nearer to its own caption (B, D) than to a wrong one that is much like it (B, D): what the
-    two have in common earns nothing. The gradient is brought to the length of `gradient`, the discriminator's: for
-    the generator only the ratio of the two counts. The CLIP sees the fakes shifted and cut, so that signs which only
-    it would read do not pay.
+    The distance is 1 - cosine of the fakes' embeddings and `texts` (B, D). Its gradient is brought to the length of
+    `gradient`, the discriminator's: for the generator only the ratio of the two counts. The CLIP sees the fakes
+    shifted and cut, so that signs which only it would read do not pay.
     """
     fake = fake.detach().requires_grad_()
     with autocast(fake.device, dtype):
         images = clip.encode_image(resize_pictures((augment(fake) + 1) / 2, clip.config.size))
-    margin = (images * texts).sum(1) - (images * wrong).sum(1)
-    (own,) = torch.autograd.grad(F.softplus(-clip.logit_scale.exp() * margin).mean(), fake)
+    distance = (1 - F.cosine_similarity(images, texts)).mean()
+    (own,) = torch.autograd.grad(distance, fake)
     return share * gradient.norm() / own.norm().clamp(min=1e-12) * own
 
 
@@ -370,9 +369,7 @@ def train_epoch(gan, clip, store, config, steps, bar):
     for images in order[: steps * batch_size].split(batch_size):
         real, embeddings, _, wrong = store.batch(images)
         wrong = store.embeddings[wrong]
-        match = (
-            partial(match_gradient, clip, embeddings, wrong, config.gan_match, gan.dtype) if config.gan_match else None
-        )
+        match = partial(match_gradient, clip, embeddings, config.gan_match, gan.dtype) if config.gan_match else None
         measured = gan.train_step(real, embeddings, wrong, match)
         sums = {name: sums.get(name, 0) + value for name, value in measured.items()}
         if bar.update():  # drawn about twice a second; only then does the host wait for the device

@@ -5,7 +5,7 @@ discriminator D, a step of `joint` lowers three losses, each for its own paramet
 
     theta:  CE(real pairs and [G(z, c)] with their captions)                    the contrastive loss, weighted
     psi:    BCE(D(x, c), 1) + BCE(D([G], c), 0) / 2 + BCE(D(x, c'), 0) / 2 + R1     x real, c' a wrong caption
-    phi:    BCE(D(G(z, c), c), 1) + mu CE(f(G(z, c)); g(c) against g(c'))       f, g: a slow, frozen copy of CLIP
+    phi:    BCE(D(G(z, c), c), 1) + mu (1 - cos(f(G(z, c)), g(c)))              f, g: a slow, frozen copy of CLIP
 
 [.] stops the gradient. What each term reaches:
 
@@ -234,8 +234,7 @@ class LearningPairs(GeneratedPairs):
             return
         images = image_ids.to(self.device)[: self.config.gan_batch_size]
         real, embeddings, captions, wrong = self.store.batch(images)
-        texts = self.encode(captions), self.encode(wrong)
-        match = partial(match_gradient, self.copy, *texts, self.config.gan_match, self.dtype)
+        match = partial(match_gradient, self.copy, self.encode(captions), self.config.gan_match, self.dtype)
         self.gan.train_step(real, embeddings, self.store.embeddings[wrong], match)
 
     @torch.no_grad()

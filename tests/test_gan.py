@@ -515,7 +515,7 @@ def test_joint_terms_reach_the_parameters_they_are_meant_for(with_gan):
     # CLIP's match, alone: a gradient at the pictures, mu times as long as the discriminator's
     fake = player.generator(torch.randn(8, NOISE), embeddings)
     gradient = torch.randn_like(fake)
-    pull = gan.match_gradient(joint.copy, joint.encode(captions), joint.encode(wrong), 0.3, None, fake, gradient)
+    pull = gan.match_gradient(joint.copy, joint.encode(captions), 0.3, None, fake, gradient)
     assert reached() == set()
     assert pull.norm().item() == pytest.approx(0.3 * gradient.norm().item(), rel=1e-4)
     fake.backward(pull)
@@ -524,24 +524,18 @@ def test_joint_terms_reach_the_parameters_they_are_meant_for(with_gan):
 
 def test_match_gradient_leads_to_pictures_that_match_better(with_gan):
     joint = Trainer(with_gan(gan="joint")).generated
-    texts, wrong = joint.encode(torch.arange(0, 8)), joint.encode(torch.arange(40, 48))
+    texts = joint.encode(torch.arange(0, 8))
     fake, gradient = torch.randn(8, 3, 32, 32).clamp(-1, 1), torch.ones(8, 3, 32, 32)
 
-    def cross_entropy(pictures):  # of two captions, by PyTorch's own
+    def distance(pictures):
         torch.manual_seed(3)  # the same shifts and cuts
         with torch.no_grad():
             images = joint.copy.encode_image((gan.augment(pictures) + 1) / 2)
-            logits = joint.copy.logit_scale.exp() * torch.stack([(images * t).sum(1) for t in (texts, wrong)], 1)
-            return torch.nn.functional.cross_entropy(logits, torch.zeros(8, dtype=torch.long)).item()
+        return (1 - (images * texts).sum(1)).mean().item()
 
     torch.manual_seed(3)
-    pull = gan.match_gradient(joint.copy, texts, wrong, 1.0, None, fake, gradient)
-    assert cross_entropy(fake - 0.1 * pull) < cross_entropy(fake)
-    # It points along the gradient of that cross entropy, by finite differences.
-    torch.manual_seed(3)
-    step = 1e-2 * torch.randn_like(fake)
-    change = cross_entropy(fake + step) - cross_entropy(fake - step)
-    assert np.sign(change) == np.sign((pull * step).sum().item())
+    pull = gan.match_gradient(joint.copy, texts, 1.0, None, fake, gradient)
+    assert distance(fake - 0.1 * pull) < distance(fake)
 
 
 def test_joint_run_learns_all_three_and_resumes_exactly(with_gan, tmp_path, gan_run):
