@@ -15,6 +15,8 @@ import gan_ablation  # noqa: E402
 import gan_evaluate  # noqa: E402
 from conftest import tiny_settings  # noqa: E402
 
+from config import build_config  # noqa: E402
+from dataset import load_splits  # noqa: E402
 from shapes import COLOURS, SHAPES, all_scenes, captions_of, draw_scene  # noqa: E402
 
 # ---- statistics -------------------------------------------------------------------------------------------------
@@ -100,9 +102,8 @@ def test_held_out_combinations_are_spread_evenly():
     assert all(sum(shape == s for _, shape in chosen) == 2 for s in SHAPES)
 
 
-def test_whole_benchmark_in_small(tmp_path, monkeypatch, capsys):
-    saved = {}
-    monkeypatch.setattr(gan_ablation, "report", lambda name, rows, **more: saved.update(rows=rows, **more))
+def small_words(tmp_path):
+    """The command line of a drawn data set of 24 training images and a tiny GAN."""
     settings = {
         **tiny_settings(tmp_path),
         "image_path": "d/Images",
@@ -118,7 +119,12 @@ def test_whole_benchmark_in_small(tmp_path, monkeypatch, capsys):
         "gan_end": 1.0,
     }
     del settings["run"]
-    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+
+
+def test_whole_benchmark_in_small(tmp_path, monkeypatch, capsys):
+    saved, words = {}, small_words(tmp_path)
+    monkeypatch.setattr(gan_ablation, "report", lambda name, rows, **more: saved.update(rows=rows, **more))
     own = ["--held_out", "4", "--seeds", "1", "--folder", "out", "--arms", "shuffled", "blurred", "captions"]
     gan_ablation.main([*own, *words])
     assert [row["arm"] for row in saved["rows"]] == ["real", "shuffled", "blurred", "captions"]
@@ -146,6 +152,28 @@ def test_whole_benchmark_in_small(tmp_path, monkeypatch, capsys):
     before = (folder / "real-1" / "last.pt").stat().st_mtime_ns
     gan_ablation.main([*own, *words])
     assert (folder / "real-1" / "last.pt").stat().st_mtime_ns == before
+
+
+def test_benchmark_with_fewer_images_and_sentences_without_a_photograph(tmp_path, monkeypatch, refused):
+    saved, words = {}, small_words(tmp_path)
+    monkeypatch.setattr(gan_ablation, "report", lambda name, rows, **more: saved.update(rows=rows, **more))
+    own = ["--share", "0.5", "--seeds", "1", "2", "--folder", "out", "--arms", "pairs"]
+    gan_ablation.main([*own, *words])
+    assert [row["arm"] for row in saved["rows"]] == ["real", "pairs"]
+    assert set(saved["ensembles"]) == {"real + pairs", "real + real"}
+    folder = tmp_path / "out" / "share-0.5-held-out-0-data-0"
+    config = build_config(gan_ablation.read_json(folder / "pairs-1" / "config.json"))
+    assert config.epochs == 2 and config.gan_epochs == 2  # half of the images, twice as often
+    pairs = load_splits(config)
+    assert [len(pairs[split].files) for split in ("train", "validation", "test")] == [12, 200, 400]
+    known = {caption for split in pairs.values() for caption in split.captions}
+    for arm in ("sentences", "new_captions"):
+        path = gan_ablation.settings_of(arm, config, folder, folder / "first")["gan_captions"]
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        captions = {line.rpartition("\t")[2] for line in lines}
+        assert captions and not captions & known
+    # Other settings are not mixed with what is there.
+    assert "gan_ratio is 0.5, but" in refused(gan_ablation.main, [*own, *words, "--gan_ratio", "0.5"])
 
 
 def test_shuffled_pairs_have_the_next_ones_caption_and_blurred_ones_the_photograph(tmp_path, tiny_config, trained_run):
