@@ -134,6 +134,7 @@ PRESETS = {
         "num_workers": 1,
         "crop_scale": 0.9,
         "color_jitter": 0.05,
+        "dropout": 0.0,
         "epochs": 10,
         "batch_size": 64,
         "image_encoder_lr": 2e-3,
