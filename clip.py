@@ -565,7 +565,7 @@ def load_model(folder, device="cpu"):
         ("text_encoder", ["model_type"]),
     ):
         for name in names:
-            if not isinstance(content, dict) or name not in (content.get(part) or {}):
+            if name not in (content.get(part) or {}):
                 raise InputError(f"{folder / 'config.json'} lacks {part}.{name}: is it from another version?")
     try:
         state = load_file(folder / "model.safetensors")

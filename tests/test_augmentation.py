@@ -97,7 +97,7 @@ def test_capitals_stay_where_they_were():
 
 @pytest.fixture
 def masked_folder(tmp_path, pairs):
-    """`masked_folder(head=True)`: a tiny DistilBERT that always answers "box", then "disc"; or one without its head."""
+    """`masked_folder(head=True)`: a tiny DistilBERT that always answers "box", then "hoop"; or one without its head."""
     from transformers import DistilBertConfig, DistilBertForMaskedLM
 
     def make(head):
@@ -106,7 +106,7 @@ def masked_folder(tmp_path, pairs):
         torch.manual_seed(0)
         model = DistilBertForMaskedLM(config)
         model.vocab_projector.weight.data.zero_()  # the biases alone decide
-        for word, bias in (("box", 20.0), ("disc", 19.0), ("star", 10.0)):
+        for word, bias in (("box", 20.0), ("hoop", 19.0), ("ring", 10.0)):
             model.vocab_projector.bias.data[tokenizer.convert_tokens_to_ids(word)] = bias
         (model if head else model.distilbert).save_pretrained(tmp_path / "masked")
         tokenizer.save_pretrained(tmp_path / "masked")
@@ -116,13 +116,13 @@ def masked_folder(tmp_path, pairs):
 
 
 def test_masked_model_proposes_its_likeliest_words(masked_folder):
-    proposals = MaskedModel(masked_folder(head=True))(words_of("A red square is left of a blue star on grass ."), 2)
-    assert set(proposals) == {"box", "disc"}  # a star, 10,000 times less likely, is not
-    assert proposals["box"] / proposals["disc"] == pytest.approx(np.e, rel=1e-3)
+    proposals = MaskedModel(masked_folder(head=True))(words_of("A red square is left of a blue ring on grass ."), 2)
+    assert set(proposals) == {"box", "hoop"}  # a ring, 10,000 times less likely, is not
+    assert proposals["box"] / proposals["hoop"] == pytest.approx(np.e, rel=1e-3)
 
 
 def test_masked_model_leaves_words_in_pieces_alone(masked_folder):
-    assert MaskedModel(masked_folder(head=True))(["a", "rred", "star"], 1) == {}
+    assert MaskedModel(masked_folder(head=True))(["a", "rred", "ring"], 1) == {}
 
 
 def test_a_model_without_its_head_is_refused(masked_folder, trained_run, refused):

@@ -430,7 +430,7 @@ DAMAGES = {
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "holds no model.safetensors"),
     "no settings": (lambda f: (f / "config.json").unlink(), "holds no config.json"),
     "no JSON": (lambda f: (f / "config.json").write_text("{"), "cannot be read as JSON"),
-    "a list": (lambda f: (f / "config.json").write_text("[1]"), "lacks settings.image_path"),
+    "a list": (lambda f: (f / "config.json").write_text("[1]"), "holds no JSON object"),
     "missing setting": (lambda f: change_json(f, lambda c: c["settings"].pop("size")), "lacks settings.size"),
     "missing mean": (lambda f: change_json(f, lambda c: c["image_encoder"].pop("mean")), "lacks image_encoder.mean"),
     "missing part": (lambda f: change_json(f, lambda c: c.pop("text_encoder")), "lacks text_encoder.model_type"),
