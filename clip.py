@@ -548,11 +548,8 @@ def save_model(model, folder):
     (folder / "model.safetensors.tmp").replace(folder / "model.safetensors")
 
 
-def load_model(folder, device="cpu"):
-    """The CLIP saved in `folder` (a run, or its best/), in evaluation mode; raises InputError.
-
-    Only JSON, a tokenizer file and safetensors are read: nothing that could run code.
-    """
+def read_saved(folder):
+    """The folder that holds the model of a run (its best/, or itself) and its config.json; raises InputError."""
     folder = Path(folder)
     folder = folder / "best" if (folder / "best").is_dir() else folder
     for name in ("config.json", "model.safetensors", "tokenizer"):
@@ -567,6 +564,15 @@ def load_model(folder, device="cpu"):
         for name in names:
             if name not in (content.get(part) or {}):
                 raise InputError(f"{folder / 'config.json'} lacks {part}.{name}: is it from another version?")
+    return folder, content
+
+
+def load_model(folder, device="cpu"):
+    """The CLIP saved in `folder` (a run, or its best/), in evaluation mode; raises InputError.
+
+    Only JSON, a tokenizer file and safetensors are read: nothing that could run code.
+    """
+    folder, content = read_saved(folder)
     try:
         state = load_file(folder / "model.safetensors")
     except (SafetensorError, OSError, ValueError) as error:

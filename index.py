@@ -136,12 +136,12 @@ def file_digest(file):
 
 
 def scan_pictures(folder):
-    """{name: (size, time)} of all pictures below a folder, in the order of their names; raises InputError.
+    """The names of all pictures below a folder, sorted, and their sizes and times (N, 2); raises InputError.
 
     Hidden files are left out (macOS keeps a `._photo.jpg` beside a photo.jpg, which is none). `os.scandir` and plain
     strings: with `Path.rglob` this would be most of a search's time.
     """
-    found, waiting, endings = {}, [(str(folder), "")], tuple(PICTURES)
+    found, waiting, endings = [], [(str(folder), "")], tuple(PICTURES)
     if not Path(folder).is_dir():
         raise InputError(f"images is {folder}, which is not a folder")
     while waiting:
@@ -152,12 +152,18 @@ def scan_pictures(folder):
                 if name.lower().endswith(endings) and entry.is_file():
                     if not name.startswith("."):
                         status = entry.stat()
-                        found[prefix + name] = (status.st_size, status.st_mtime_ns)
+                        found.append((prefix + name, status.st_size, status.st_mtime_ns))
                 elif entry.is_dir(follow_symlinks=False):
                     waiting.append((entry.path, f"{prefix}{name}/"))
     if not found:
         raise InputError(f"{folder} holds no pictures ({', '.join(sorted(PICTURES))})")
-    return dict(sorted(found.items()))
+    found.sort()
+    return [name for name, _, _ in found], stamp_array([stamp for _, *stamp in found])
+
+
+def stamp_array(stamps):
+    """A list of N (size, time) as an array (N, 2)."""
+    return np.array(stamps, dtype=np.int64).reshape(-1, 2)
 
 
 # ---- the index --------------------------------------------------------------------------------------------------
@@ -173,14 +179,16 @@ class Index:
     vectors: torch.Tensor
 
 
-def index_pictures(run, root, stamps, label):
-    """The up-to-date `Index` of the pictures `stamps` ({name: (size, time)}) below `root`; saved beside the run."""
+def index_pictures(run, root, names, stamps, label):
+    """The up-to-date `Index` of the pictures `names` below `root`, of sizes and times `stamps` (N, 2); saved beside
+    the run."""
     root = Path(root)
 
     def embed(names):
         return embed_images(run.model, [root / name for name in names])
 
-    return update_index(index_path(run, root, label), run.digest, stamps, embed, lambda name: file_digest(root / name))
+    path = index_path(run, root, label)
+    return update_index(path, run.digest, names, stamps, embed, lambda name: file_digest(root / name))
 
 
 def index_captions(run, captions, source, label):
@@ -192,8 +200,8 @@ def index_captions(run, captions, source, label):
     def digest(caption):
         return hashlib.blake2b(caption.encode(), digest_size=16).digest()
 
-    stamps = {caption: (len(caption), 0) for caption in captions}
-    return update_index(index_path(run, Path(source), label), run.digest, stamps, embed, digest)
+    stamps = stamp_array([(len(caption), 0) for caption in captions])
+    return update_index(index_path(run, Path(source), label), run.digest, captions, stamps, embed, digest)
 
 
 def index_path(run, source, label):
@@ -202,12 +210,12 @@ def index_path(run, source, label):
     return run.folder / f"{label}-{place}.safetensors"
 
 
-def update_index(path, owner, stamps, embed, digest):
-    """The index at `path`, made to hold exactly the names in `stamps`; only what is new or changed is embedded.
+def update_index(path, owner, names, stamps, embed, digest):
+    """The index at `path`, made to hold exactly these names; only what is new or changed is embedded.
 
     Args:
         owner: the digest of the model that the vectors belong to.
-        stamps: {name: (size, time)}.
+        names, stamps: N different names, and their sizes and times (N, 2).
         embed: names -> (N, D) vectors. digest: name -> 16 bytes.
     """
     try:
@@ -215,10 +223,9 @@ def update_index(path, owner, stamps, embed, digest):
     except InputError as error:
         print(f"{error}: everything is embedded anew", file=sys.stderr)
         old = None
-    names, now = list(stamps), np.array(list(stamps.values()), dtype=np.int64).reshape(-1, 2)
-    if old and old.names == names and np.array_equal(old.stamps, now):
+    if old and old.names == names and np.array_equal(old.stamps, stamps):
         return old
-    rows, digests = find_known(old, names, now, digest)
+    rows, digests = find_known(old, names, stamps, digest)
     new = np.flatnonzero(rows < 0)
     embedded = embed([names[i] for i in new]).cpu() if len(new) else old.vectors[:0].clone()
     vectors = torch.empty(len(names), embedded.shape[1])
@@ -227,7 +234,7 @@ def update_index(path, owner, stamps, embed, digest):
         vectors[torch.from_numpy(rows >= 0)] = old.vectors[torch.from_numpy(rows[rows >= 0])]
         print(f"index: {len(new)} of {len(names)} embedded, the others are known", file=sys.stderr)
     del old  # it is mapped into memory from the file that is now replaced
-    index = Index(names, now, digests, vectors)
+    index = Index(names, stamps, digests, vectors)
     write_index(path, owner, index)
     return index
 

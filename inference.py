@@ -7,14 +7,16 @@ evaluated. Pictures and captions are embedded once and kept in an index beside t
 import json
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from calibration import calibration_of, threshold
-from clip import retrieval_metrics, setup_device
-from config import InputError, OneLineParser, exit_on_input_error
+from clip import read_saved, retrieval_metrics, setup_device
+from config import InputError, OneLineParser, build_config, exit_on_input_error
 from dataset import check_files, load_splits, make_pairs, read_captions
 from index import (
     PICTURES,
@@ -24,6 +26,7 @@ from index import (
     index_pictures,
     open_run,
     scan_pictures,
+    stamp_array,
     stamp_of,
 )
 from pictures import MATCH, WEAK, draw_bars, draw_confusion, draw_grid
@@ -143,10 +146,11 @@ def rank(scores, n, least=None, skip=()):
 
 @dataclass
 class Gallery:
-    """Pictures below a folder, {name: (size, time)}; `label` begins the name of their index."""
+    """N pictures below a folder, with their sizes and times (N, 2); `label` begins the name of their index."""
 
     root: Path
-    stamps: dict
+    names: list
+    stamps: np.ndarray
     label: str
 
 
@@ -159,19 +163,21 @@ def newest_run(folder="runs"):
 
 
 def own_split(config):
-    """The name and the `Pairs` a run is searched on when nothing else is named: test, else validation."""
+    """The name and the `Pairs` that a run is searched on when nothing else is named: test, else validation."""
     splits = load_splits(config)
     split = "test" if splits["test"].files else "validation"
     return split, splits[split]
 
 
-def open_gallery(config, folder):
-    """The pictures of a folder, or the run's own; raises InputError."""
-    if folder:
-        return Gallery(Path(folder), scan_pictures(folder), "pictures")
+def list_gallery(images, run):
+    """The pictures of the folder `images`, or else those of the run itself; raises InputError."""
+    if images:
+        return Gallery(Path(images), *scan_pictures(images), "pictures")
+    config = build_config(read_saved(run)[1]["settings"])
     split, pairs = own_split(config)
     root = Path(config.image_path)
-    return Gallery(root, {file.relative_to(root).as_posix(): stamp_of(file) for file in pairs.files}, split)
+    names = [file.relative_to(root).as_posix() for file in pairs.files]
+    return Gallery(root, names, stamp_array([stamp_of(file) for file in pairs.files]), split)
 
 
 def own_captions(config, path):
@@ -215,8 +221,19 @@ def main(argv=None):
         sys.stdout.reconfigure(errors="backslashreplace")
     job = choose_job(arguments)
     device, _ = setup_device(arguments.device)
-    runs = [open_run(folder, device) for folder in arguments.run or [newest_run()]]
-    job(runs, arguments)
+    folders = arguments.run or [newest_run()]
+    if job in (search, describe):
+        job(*open_runs_and_gallery(folders, device, arguments.images), arguments)
+    else:
+        job([open_run(folder, device) for folder in folders], arguments)
+
+
+def open_runs_and_gallery(folders, device, images):
+    """The runs and the `Gallery`: its files are listed while the weights are read, so that nobody waits for both."""
+    with ThreadPoolExecutor(1) as background:
+        gallery = background.submit(list_gallery, images, folders[0])
+        runs = [open_run(folder, device) for folder in folders]
+        return runs, gallery.result()
 
 
 def choose_job(arguments):
@@ -242,19 +259,18 @@ def choose_job(arguments):
     return describe if a.image and not a.plus and not a.minus else search
 
 
-def search(runs, arguments):
+def search(runs, gallery, arguments):
     """Pictures for each query: one line per result, and a grid."""
-    print_answers(search_pictures(runs, arguments, build_queries(arguments)), arguments)
+    print_answers(search_pictures(runs, gallery, build_queries(arguments), arguments.n), arguments)
 
 
-def search_pictures(runs, arguments, queries):
-    """The answer to each query among the pictures of the gallery."""
-    gallery = open_gallery(runs[0].model.config, arguments.images)
-    number, names = len(gallery.stamps), list(gallery.stamps)
-    n = min(9, number) if arguments.n is None else arguments.n
+def search_pictures(runs, gallery, queries, n=None):
+    """The answer to each query: the n best pictures of the gallery (9, or all where there are fewer)."""
+    number, names = len(gallery.names), gallery.names
+    n = min(9, number) if n is None else n
     if not 1 <= n <= number:
         raise InputError(f"n is {n}, with {number} pictures to search: give --n 1 to {number}")
-    vectors = [index_pictures(run, gallery.root, gallery.stamps, gallery.label).vectors for run in runs]
+    vectors = [index_pictures(run, gallery.root, names, gallery.stamps, gallery.label).vectors for run in runs]
     scores = average_scores(vectors, [query_vectors(run, queries) for run in runs])
     calibration = calibration_of(runs) if any(query.is_sentence for query in queries) else None
     least = threshold(calibration, "text_to_image", number) if calibration else None
@@ -271,7 +287,7 @@ def search_pictures(runs, arguments, queries):
     return answers
 
 
-def describe(runs, arguments):
+def describe(runs, gallery, arguments):
     """The captions that describe a picture best, and the pictures most like it."""
     query = Query(Path(arguments.image).name, [(1.0, Path(arguments.image))])
     captions, source, label = own_captions(runs[0].model.config, arguments.captions_path)
@@ -286,7 +302,7 @@ def describe(runs, arguments):
     for result in results:
         result["caption"] = captions[result.pop("row")]
     described = answer(query.text, "captions", len(captions), results)
-    print_answers([described, *search_pictures(runs, arguments, [query])], arguments)
+    print_answers([described, *search_pictures(runs, gallery, [query], arguments.n)], arguments)
 
 
 def answer(query, kind, searched, results):

@@ -44,7 +44,7 @@ def read_labelled(source, image_path=None):
     """Picture files and their labels from a folder with one folder per label, or a CSV with `image,label`."""
     source = Path(source)
     if source.is_dir():
-        names = [name for name in scan_pictures(source) if "/" in name]
+        names = [name for name in scan_pictures(source)[0] if "/" in name]
         if not names:
             raise InputError(f"{source} holds no folders with pictures: give one folder per label")
         return [source / name for name in names], [name.split("/")[0].replace("_", " ") for name in names]

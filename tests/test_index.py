@@ -42,7 +42,7 @@ def embedded(monkeypatch):
 
 
 def refresh(run, gallery):
-    return index_pictures(run, gallery, scan_pictures(gallery), "pictures")
+    return index_pictures(run, gallery, *scan_pictures(gallery), "pictures")
 
 
 def check_vectors(run, gallery, found):
@@ -58,10 +58,10 @@ def check_vectors(run, gallery, found):
 
 
 def test_scan_finds_pictures_in_all_folders_and_nothing_else(gallery):
-    found = scan_pictures(gallery)
-    assert list(found) == ["a.jpg", "b.PNG", "sub/c.webp", "sub/deep/d.jpg"]
+    names, stamps = scan_pictures(gallery)
+    assert names == ["a.jpg", "b.PNG", "sub/c.webp", "sub/deep/d.jpg"]
     status = (gallery / "sub/c.webp").stat()
-    assert found["sub/c.webp"] == (status.st_size, status.st_mtime_ns)
+    assert stamps[2].tolist() == [status.st_size, status.st_mtime_ns]
 
 
 def test_scan_refuses_what_is_no_folder_of_pictures(tmp_path, gallery):
