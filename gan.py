@@ -33,7 +33,8 @@ from gan_networks import NOISE, Architecture, Discriminator
 from index import embed_captions
 
 BETAS = (0.0, 0.9)  # of Adam, as DF-GAN has them
-WRONG_AMONG = 256  # captions, of which the most alike is a picture's wrong one
+WRONG = 8  # captions that each real picture is shown with wrongly,
+WRONG_AMONG = 256  # those most alike of so many
 PENALTY_EVERY = 8  # steps; the penalty is multiplied by as much (lazy regularisation, StyleGAN2)
 
 
@@ -41,7 +42,10 @@ PENALTY_EVERY = 8  # steps; the penalty is multiplied by as much (lazy regularis
 
 
 def discriminator_loss(real, fake, mismatched):
-    """Binary cross entropy of logits (B,): a real pair is 1; a fake picture and a wrong caption are 0, half each."""
+    """Binary cross entropy of logits, real and fake (B,), mismatched (B, K).
+
+    A real pair is 1; a fake picture and a picture with a wrong caption are 0, half each.
+    """
     return F.softplus(-real).mean() + 0.5 * F.softplus(fake).mean() + 0.5 * F.softplus(mismatched).mean()
 
 
@@ -124,7 +128,7 @@ class GAN:
                 group["lr"] = factor * lr
 
     def train_step(self, real, embeddings, wrong, match=None):
-        """One step of both players on (B, 3, S, S) real pictures, (B, D) their captions and (B, D) wrong captions;
+        """One step of both players on (B, 3, S, S) real pictures, (B, D) their captions and (B, K, D) wrong captions;
         measurements as a dict.
 
         `match(fakes, gradient)`, if given, is a further gradient at the fakes beside the discriminator's: see
@@ -145,7 +149,7 @@ class GAN:
         of_real, of_fake = features.chunk(2)
         on_real = self.discriminator.score(of_real, embeddings)
         on_fake = self.discriminator.score(of_fake, embeddings)
-        on_mismatched = self.discriminator.score(of_real, wrong)
+        on_mismatched = self.discriminator.score(of_real[:, None], wrong)
         loss = discriminator_loss(on_real, on_fake, on_mismatched)
         total = loss
         if self.step % PENALTY_EVERY == 0:
@@ -157,7 +161,7 @@ class GAN:
         return {
             "discriminator_loss": loss.detach(),
             "real_above_fake": (on_real > on_fake).float().mean(),
-            "real_above_mismatched": (on_real > on_mismatched).float().mean(),
+            "real_above_mismatched": (on_real[:, None] > on_mismatched).float().mean(),
         }
 
     def generator_step(self, fake, embeddings, match=None):
@@ -218,7 +222,7 @@ class PictureStore:
 
     def batch(self, images):
         """Of B image numbers the pictures (B, 3, S, S) in [-1, 1] and the embeddings (B, D) of one caption each, then
-        the numbers (B,) of these captions and of wrong ones.
+        the numbers (B,) of these captions and (B, K) of wrong ones.
 
         Half of the pictures are mirrored, unless the caption says left or right. Half of the embeddings lie between
         two captions of the picture: the generator has to know the space between the training captions, too.
@@ -234,15 +238,16 @@ class PictureStore:
         return real, F.normalize(between, dim=1), chosen, self.wrong_captions(images, chosen)
 
     def wrong_captions(self, images, chosen):
-        """(B,) the numbers of captions of other pictures: of some drawn at random, the most like each of the chosen.
+        """(B, K) the numbers of captions of other pictures: of some drawn at random, the most like each of the chosen.
 
-        Any other caption would mostly name another scene altogether, and the discriminator, and so the generator,
-        would never have to look at what tells apart two captions that are alike.
+        Any other captions would mostly name other scenes altogether, and the discriminator, and so the generator,
+        would never have to look at what tells apart two captions that are alike. Several cost no more than one: the
+        picture's features are the same.
         """
         drawn = torch.randint(len(self.embeddings), (WRONG_AMONG,), device=images.device)
         likeness = self.embeddings[chosen] @ self.embeddings[drawn].T  # (B, WRONG_AMONG)
         likeness.masked_fill_(self.image_index[drawn] == images[:, None], -2)
-        return drawn[likeness.argmax(1)]
+        return drawn[likeness.topk(WRONG, 1).indices]
 
     def draw_captions(self, images):
         counts = self.first[images + 1] - self.first[images]

@@ -13,6 +13,7 @@ from torch import nn
 
 NOISE = 64  # Z
 CONDITION = 128  # width of the caption's part in the networks' conditions
+FLOOR = 0.02  # of the embeddings' mean variance: axes with much less are mostly noise and fade
 
 
 def leaky(h):
@@ -34,24 +35,30 @@ def sides(size):
 
 
 class CaptionInput(nn.Module):
-    """(B, D) caption embeddings -> (B, CONDITION); knows the mean and the spread of the training captions'.
+    """(B, D) caption embeddings -> (B, CONDITION); knows how the training captions' are spread and whitens them.
 
-    The embeddings lie close together on the unit sphere: centred and scaled, their differences can be seen.
+    The embeddings lie close together on the unit sphere and differ mostly along a few axes, such as which colours a
+    picture has; what tells alike captions apart, such as which thing has which colour, is small in them. Whitened,
+    every axis counts alike. Without this the networks learn only the large ones in any training of sane length.
     """
 
     def __init__(self, dim):
         super().__init__()
         self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("spread", torch.ones(dim))
+        self.register_buffer("whitening", torch.eye(dim))
         self.linear = nn.Linear(dim, CONDITION)
         self.norm = nn.LayerNorm(CONDITION)
 
     def measure(self, embeddings):
-        self.mean.copy_(embeddings.mean(0))
-        self.spread.copy_(embeddings.std(0).clamp(min=1e-6))
+        embeddings = embeddings.detach().cpu().double()
+        mean = embeddings.mean(0)
+        variances, axes = torch.linalg.eigh((embeddings - mean).T @ (embeddings - mean) / len(embeddings))
+        scales = (variances.clamp(min=0) + FLOOR * variances.mean() + 1e-12).rsqrt()
+        self.mean.copy_(mean)
+        self.whitening.copy_(axes * scales)
 
     def forward(self, embeddings):
-        return self.norm(self.linear((embeddings - self.mean) / self.spread))
+        return self.norm(self.linear((embeddings - self.mean) @ self.whitening))
 
 
 class Affine(nn.Module):
@@ -173,17 +180,20 @@ GENERATORS = {"affine": AffineGenerator, "style": StyleGenerator}
 
 
 class DiscriminatorBlock(nn.Module):
-    """Halves the side; (B, C, S, S) -> (B, C', S/2, S/2). The residual part starts with no weight, as in DF-GAN."""
+    """Halves the side; (B, C, S, S) -> (B, C', S/2, S/2). Residual, divided by sqrt(2) to keep the variance.
+
+    DF-GAN gives the convolutions a weight that starts at zero. In short trainings it stays small, and a discriminator
+    that sees little more than averaged pixels is content with blurs.
+    """
 
     def __init__(self, channels, out):
         super().__init__()
         self.conv1, self.conv2 = nn.Conv2d(channels, out, 4, 2, 1), nn.Conv2d(out, out, 3, padding=1)
         self.shortcut = nn.Conv2d(channels, out, 1)
-        self.share = nn.Parameter(torch.zeros(()))
 
     def forward(self, h):
         new = leaky(self.conv2(leaky(self.conv1(h))))
-        return F.avg_pool2d(self.shortcut(h), 2) + self.share * new
+        return (self.shortcut(F.avg_pool2d(h, 2)) + new) * math.sqrt(0.5)
 
 
 class Discriminator(nn.Module):
@@ -211,11 +221,11 @@ class Discriminator(nn.Module):
         return leaky(self.flatten(leaky(h).flatten(1)))
 
     def score(self, features, embeddings):
-        """(B,) logits, float32, of pictures with these features beside captions with these embeddings."""
+        """Logits (B,), float32, of features (B, 2 CONDITION) and captions (B, D); (B, K) of (B, 1, .) and (B, K, D)."""
         features = features.float()
         with torch.autocast(features.device.type, enabled=False):
-            match = (self.projection(features) * self.caption(embeddings)).sum(1) / math.sqrt(CONDITION)
-            return self.realness(features)[:, 0] + match
+            match = (self.projection(features) * self.caption(embeddings)).sum(-1) / math.sqrt(CONDITION)
+            return self.realness(features)[..., 0] + match
 
     def forward(self, pictures, embeddings):
         return self.score(self.features(pictures), embeddings)

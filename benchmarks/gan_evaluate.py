@@ -9,9 +9,12 @@ test image and reports, beside the same figures of the real test pictures at the
 - memorising: how often a picture lies closer to its nearest training picture than a real test picture does to its own
   (50%: as close as real ones), and how many are closer than all but 1% of the test pictures (1%: as real ones);
 - variety: the mean distance between pictures of one caption, as a share of that between pictures of different captions;
-- on the drawn data set: how often the ground, and an object, has the colour that the caption names.
+- on the drawn data set: how often the ground, and an object, has the colour that the caption names; and how often a
+  recogniser, a network taught with labels on newly drawn pictures of that size, sees a named object (colour and shape)
+  among the two objects it is surest of. Unlike a CLIP, no generator was trained to please it.
 """
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -21,13 +24,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
 from common import report  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 from clip import load_model, setup_device  # noqa: E402
 from config import InputError, OneLineParser, exit_on_input_error  # noqa: E402
-from dataset import load_splits  # noqa: E402
+from dataset import load_splits, resize_image  # noqa: E402
 from gan import PictureStore, conditioning_run, generate, load_generator, resize_pictures  # noqa: E402
 from index import embed_captions  # noqa: E402
-from shapes import COLOURS, GROUNDS  # noqa: E402
+from shapes import COLOURS, GROUNDS, SHAPES, all_scenes, draw_scene  # noqa: E402
 
 AMONG = 100
 BATCH = 100
@@ -116,6 +120,74 @@ def colours_right(pictures, captions):
     return (100 * np.mean(ground_hits), 100 * np.mean(object_hits)) if ground_hits else (None, None)
 
 
+# ---- objects of drawn pictures ----------------------------------------------------------------------------------
+
+OBJECTS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+
+
+def named_objects(caption):
+    """The two (colour, shape) that a caption of the drawn data set names; None for other captions."""
+    first_words = {word: shape for shape, other in SHAPES.items() for word in (shape, other)}
+    words = caption.lower().replace(".", " ").replace(",", " ").split()
+    found = [(a, first_words[b]) for a, b in itertools.pairwise(words) if a in COLOURS and b in first_words]
+    return found if len(found) == 2 else None
+
+
+class Recogniser(torch.nn.Module):
+    """(B, 3, S, S) pictures in [0, 1] -> (B, 20) logits of the objects."""
+
+    def __init__(self, size):
+        super().__init__()
+        layers, channels = [], 3
+        for out, stride in ((32, 1), (32, 2), (64, 1), (64, 2), (96, 1)):
+            layers += [torch.nn.Conv2d(channels, out, 3, stride, 1), torch.nn.BatchNorm2d(out), torch.nn.ReLU()]
+            channels = out
+        width = channels * (size // 4) ** 2
+        self.layers = torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(width, len(OBJECTS)))
+
+    def forward(self, pictures):
+        return self.layers(pictures)
+
+
+@torch.enable_grad()
+def teach_recogniser(size, device, number=5000, epochs=5, seed=0):
+    """A recogniser of pictures of that size, taught on newly drawn scenes, some of them blurred or noisy."""
+    rng, scenes = np.random.default_rng(seed), all_scenes()
+    chosen = [scenes[i] for i in rng.integers(len(scenes), size=number)]
+    drawn = [np.asarray(resize_image(np.asarray(draw_scene(scene, rng)), size)) for scene in chosen]
+    pictures = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).to(device)
+    truth = torch.zeros(number, len(OBJECTS), device=device)
+    for row, (_, first, _, second) in zip(truth, chosen, strict=True):
+        row[[OBJECTS.index(first), OBJECTS.index(second)]] = 1
+    torch.manual_seed(seed)
+    model, steps = Recogniser(size).to(device), epochs * -(-number // 64)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
+    with tqdm(total=steps, desc="recogniser", unit="step", disable=not sys.stderr.isatty()) as bar:
+        for _ in range(epochs):
+            for rows in torch.randperm(number, device=device).split(64):
+                batch = pictures[rows].float() / 255
+                if torch.rand(()) < 0.3:
+                    batch = resize_pictures(resize_pictures(batch, size // 2), size)
+                batch = batch + 0.05 * torch.rand(()).to(device) * torch.randn_like(batch)
+                loss = torch.nn.functional.binary_cross_entropy_with_logits(model(batch), truth[rows])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                bar.update()
+    return model.requires_grad_(False).eval()
+
+
+def objects_right(recogniser, pictures, captions):
+    """The share (%) of the objects that captions name which are among the recogniser's two; None without any."""
+    named = [(i, objects) for i, objects in enumerate(map(named_objects, captions)) if objects]
+    if not named:
+        return None
+    seen = in_batches(lambda x: recogniser(x).topk(2).indices, pictures).tolist()
+    return 100 * np.mean([OBJECTS.index(thing) in seen[i] for i, objects in named for thing in objects])
+
+
 # ---- the table --------------------------------------------------------------------------------------------------
 
 
@@ -148,6 +220,8 @@ def evaluate(run, judge_run, device, seed=0):
     several = stores["test"].embeddings[chosen[:50]].repeat_interleave(8, 0)
     varied = look(generate(generator, several, seed + 1))[1].view(-1, 8, texts.shape[1])
     from_real = nearest(real_embeddings, train_embeddings)
+    drawn = any(map(named_objects, captions))
+    recogniser = teach_recogniser(size, device) if drawn else None
     rows = []
     for name, pictures in (("generated", generated), ("real test pictures at that size", real)):
         features, embeddings = look(pictures)
@@ -167,6 +241,7 @@ def evaluate(run, judge_run, device, seed=0):
                 "variety": round(variety(varied), 2) if name == "generated" else "",
                 "ground's colour right (%)": "" if ground is None else round(ground, 1),
                 "objects' colours right (%)": "" if objects is None else round(objects, 1),
+                "objects right (%)": round(objects_right(recogniser, pictures, captions), 1) if drawn else "",
             }
         )
     return rows

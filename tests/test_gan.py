@@ -16,7 +16,7 @@ import main
 from clip import contrastive_backward, contrastive_loss, load_model
 from config import Config, InputError, read_json
 from dataset import load_splits, pairs_naming
-from gan_networks import GENERATORS, NOISE, Architecture, Discriminator, ModulatedConv
+from gan_networks import GENERATORS, NOISE, Architecture, CaptionInput, Discriminator, ModulatedConv
 from training import Trainer
 
 TINY = {"gan_size": 32, "gan_width": 4, "gan_epochs": 2, "gan_batch_size": 8, "gan_lr": 1e-3}
@@ -146,6 +146,19 @@ def test_average_forgets_half_in_its_half_life():
         torch.testing.assert_close(parameter, torch.full_like(parameter, 0.5))
 
 
+def test_captions_are_whitened_so_that_small_differences_count():
+    torch.manual_seed(0)
+    axes = torch.linalg.qr(torch.randn(16, 16)).Q
+    deviations = torch.tensor([1.0] * 3 + [0.3] * 3 + [1e-4] * 10)
+    embeddings = (torch.randn(5000, 16) * deviations) @ axes.T + 0.7
+    caption = CaptionInput(16)
+    caption.measure(embeddings)
+    seen = (embeddings - caption.mean) @ caption.whitening
+    variances = torch.linalg.eigvalsh(seen.T @ seen / len(seen)).flip(0)
+    assert (variances[:6] > 0.9).all() and (variances[:6] < 1.001).all()
+    assert (variances[6:] < 1e-4).all()  # far below the others: noise, which fades
+
+
 # ---- training ---------------------------------------------------------------------------------------------------
 
 
@@ -157,7 +170,8 @@ def test_discriminator_learns_to_see_wrong_captions():
     player.generator.caption.measure(embeddings), player.discriminator.caption.measure(embeddings)
     real = (2 * colours - 1)[:, :, None, None].expand(-1, -1, 32, 32)
     shares = [
-        player.train_step(real, embeddings, embeddings.roll(1, 0))["real_above_mismatched"].item() for _ in range(60)
+        player.train_step(real, embeddings, embeddings.roll(1, 0)[:, None])["real_above_mismatched"].item()
+        for _ in range(60)
     ]
     assert np.mean(shares[-10:]) > 0.9 > np.mean(shares[:5])
 
@@ -168,10 +182,12 @@ def test_wrong_captions_are_those_of_other_pictures_most_like_the_own(tiny_confi
     store = gan.PictureStore(model, load_splits(config)["train"], config, 32, torch.device("cpu"))
     images, chosen = torch.arange(24), store.first[:-1]
     wrong, likeness = store.wrong_captions(images, chosen), store.embeddings @ store.embeddings.T
-    for image, number in zip(images.tolist(), wrong.tolist(), strict=True):
-        assert store.image_index[number] != image
+    assert wrong.shape == (24, gan.WRONG)
+    for image, numbers in zip(images.tolist(), wrong, strict=True):
+        assert image not in store.image_index[numbers]
         others = likeness[chosen[image]][store.image_index != image]
-        assert (others > likeness[chosen[image], number] + 1e-6).sum() <= 0.2 * len(others)  # 256 were drawn of 120
+        least = likeness[chosen[image], numbers].min()
+        assert (others > least + 1e-6).sum() <= 0.25 * len(others)  # 256 were drawn of 120
 
 
 def test_a_subset_is_learned_and_only_its_captions_are_painted(tiny_config, trained_run, tmp_path, refused):
