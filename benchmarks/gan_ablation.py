@@ -38,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
 from common import report  # noqa: E402
+from zero_shot_shapes import read_scene, share_named  # noqa: E402
 
 import gan  # noqa: E402
 import training  # noqa: E402
@@ -57,6 +58,7 @@ from gan import PictureStore, resize_pictures  # noqa: E402
 from generated import GeneratedPairs  # noqa: E402
 from index import embed_captions, embed_images  # noqa: E402
 from shapes import COLOURS, SHAPES, all_scenes, captions_of, draw_sample, draw_scene  # noqa: E402
+from zero_shot import label_logits  # noqa: E402
 
 ARMS = ("real", "pairs", "shuffled", "blurred", "captions", "new_captions", "sentences", "joint")
 ENOUGH = 5  # seeds
@@ -276,31 +278,34 @@ def run_arm(arm, seed, config, folder, first):
             )
             trainer.load_checkpoint()
         trainer.fit()
-        write_json(place / "test.json", test_figures(similarities([place], config), config, folder))
+        write_json(place / "test.json", test_figures([place], config, folder))
     return read_json(place / "test.json")
 
 
-def similarities(runs, config):
-    """(T, N) cosines of the test captions and images, the mean over the runs' models."""
-    test = load_splits(config)["test"]
-    models = [load_model(run) for run in runs]
-    return sum(embed_captions(m, test.captions) @ embed_images(m, test.files).T for m in models) / len(models)
+def test_figures(runs, config, folder):
+    """Text-to-image R@1 and R@5 (%), on all test captions and on those of held-out and of seen combinations.
 
-
-def test_figures(scores, config, folder):
-    """Text-to-image R@1 and R@5 (%), on all test captions and on those of held-out and of seen combinations."""
-    test = load_splits(config)["test"]
+    On the drawn data set also how many of the test pictures' shapes and colours are named zero-shot (%; see
+    zero_shot_shapes.py). Of several runs the cosines and logits are averaged.
+    """
+    test, models = load_splits(config)["test"], [load_model(run) for run in runs]
+    scores = sum(embed_captions(m, test.captions) @ embed_images(m, test.files).T for m in models).cpu()
     owner = torch.from_numpy(test.image_index)
-    own = scores.cpu().gather(1, owner[:, None])
-    ranks = (scores.cpu() >= own).sum(1)
+    ranks = (scores >= scores.gather(1, owner[:, None])).sum(1)
     parts = {"": torch.ones(len(owner), dtype=torch.bool)}
     if (folder / "data" / "held_out.json").exists():
         names = set(read_json(folder / "data" / "held_out.json")["test_images"])
         held_out = torch.tensor([test.names[image] in names for image in owner.tolist()])
         parts |= {" held-out": held_out, " seen": ~held_out}
-    return {
+    figures = {
         f"R@{k}{part}": 100 * (ranks[mask] <= k).double().mean().item() for part, mask in parts.items() for k in (1, 5)
     }
+    truth = [read_scene(test.captions[first]) for first in test.first[:-1]]
+    for place, (kind, names) in enumerate((("colours", COLOURS), ("shapes", SHAPES))):
+        if all(scene[place] for scene in truth):
+            logits = label_logits(models, test.files, list(names))
+            figures[f"zero-shot {kind}"] = share_named(logits, [scene[place] for scene in truth], list(names))[0]
+    return figures
 
 
 # ---- the table --------------------------------------------------------------------------------------------------
@@ -359,7 +364,7 @@ def ensembles(config, folder, seeds, arm="pairs"):
     }
     found = {}
     for name, runs in pairs_of.items():
-        by_seed = [test_figures(similarities(runs(seed), config), config, folder) for seed in seeds]
+        by_seed = [test_figures(runs(seed), config, folder) for seed in seeds]
         found[name] = {figure: round(statistics.mean(f[figure] for f in by_seed), 2) for figure in by_seed[0]}
     return found
 

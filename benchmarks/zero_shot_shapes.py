@@ -1,6 +1,7 @@
 """Zero-shot classification on the drawn data set: grounds, colours and shapes told apart by prompts.
 
-`python main.py --preset demo --run runs/demo && python benchmarks/zero_shot.py runs/demo`; several runs are averaged.
+`python benchmarks/zero_shot_shapes.py runs/demo` after `python main.py --preset demo --run runs/demo`; several runs are
+averaged.
 
 The prompts are the search command's own ("a photo of a red", "a red", ...): none is a caption, for captions name two
 objects and a ground. A drawn picture shows two objects, so the question "which colour?" has one answer only where both
@@ -45,6 +46,19 @@ def draw_anew(folder, config, kind, number=400):
     return files, [scene[1][part] for scene in chosen]
 
 
+def share_named(logits, truth, labels):
+    """Per cent of the pictures' labels that are among the model's: as many are named as a picture has different ones.
+
+    logits (N, K); truth: N lists of labels. Also what chance would give.
+    """
+    shares = chances = 0
+    for values, scores in zip(truth, logits, strict=True):
+        named = {labels[k] for k in scores.topk(len(set(values))).indices}
+        shares += 100 * len(named & set(values)) / len(set(values)) / len(truth)
+        chances += 100 * len(set(values)) / len(labels) / len(truth)
+    return shares, chances
+
+
 def main():
     from dataset import load_splits
     from index import open_run
@@ -67,12 +81,8 @@ def main():
             if kind == "ground":
                 draw = found if split == "test" else None
                 continue
-            shares = chances = 0
-            for values, scores in zip(truth, logits, strict=True):
-                named = {labels[k] for k in scores.topk(len(set(values))).indices}
-                shares += 100 * len(named & set(values)) / len(set(values)) / len(truth)
-                chances += 100 * len(set(values)) / len(labels) / len(truth)
-            rows.append(row(kind, split, "all answers", shares, len(truth), chances))
+            share, chance = share_named(logits, truth, labels)
+            rows.append(row(kind, split, "all answers", share, len(truth), chance))
         if kind != "ground":
             with tempfile.TemporaryDirectory() as folder:
                 files, values = draw_anew(folder, models[0].config, kind)
