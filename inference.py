@@ -210,7 +210,14 @@ def parse_arguments(argv):
     add("--image_path", help="the image folder, with --evaluate or the CSV of --zero_shot")
     add("--captions_path", help="the captions file, with --evaluate or --image (default: the run's own)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    asked = arguments.query or arguments.image or arguments.evaluate or arguments.zero_shot
+    if arguments.run and not asked:  # --run runs/x "a dog": to the parser the sentence is one more run
+        first, *others = arguments.run
+        named = [word for word in others if Path(word).is_dir() or "/" in word or "\\" in word]
+        arguments.query = [word for word in others if word not in named]
+        arguments.run = [first, *named]
+    return arguments
 
 
 @exit_on_input_error

@@ -112,6 +112,16 @@ def test_queries_with_weights(tmp_path):
     assert found == [("a beach" + suffix, [(1, "a beach"), *extra]), ("sea" + suffix, [(1, "sea"), *extra])]
 
 
+def test_sentence_may_follow_the_runs(tmp_path):
+    (tmp_path / "run").mkdir()
+    found = parse_arguments(["--run", "run", "runs/typo", "a dog", "cat", "--n", "3"])
+    assert found.run == ["run", "runs/typo"] and found.query == ["a dog", "cat"]
+    found = parse_arguments(["--run", "typo", "a dog"])
+    assert found.run == ["typo"] and found.query == ["a dog"]
+    found = parse_arguments(["--run", "run", "typo", "--image", "dog.jpg"])
+    assert found.run == ["run", "typo"] and found.query == []
+
+
 @pytest.mark.parametrize("words", [[], [" "], ["a dog", ""], ["a dog", "--minus", "1: "], ["--plus", "a"]])
 def test_empty_queries_are_refused(words):
     with pytest.raises(InputError, match="empty|say what"):
