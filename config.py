@@ -98,7 +98,7 @@ class Config:
     gan_gate: int = setting(10, "drop a picture if a CLIP ranks its caption lower among the 100 most alike; 100: none",
                             1, 100)
     gan_captions: str = setting("", "file of captions to generate pictures of, one a line; empty: the training's")
-    gan_match: float = setting(1.0, "CLIP's share of the generator's gradient, relative to the GAN's; 0: none", 0, 10)
+    gan_match: float = setting(0.25, "CLIP's share of the generator's gradient, relative to the GAN's; 0: none", 0, 10)
 
     # ---- device and precision ---------------------------------------------------------------------------------
     device: str = setting("auto", "device: auto, cpu, cuda, cuda:1, mps")
@@ -144,10 +144,10 @@ PRESETS = {
         "scheduler": "cosine",
         "warmup_steps": 50,
         "gan_size": 32,
-        "gan_width": 24,
-        "gan_epochs": 12,
-        "gan_batch_size": 32,
-        "gan_lr": 5e-4,
+        "gan_width": 16,
+        "gan_epochs": 24,
+        "gan_batch_size": 16,
+        "gan_lr": 1e-3,
     },
     # What measured best on Flickr8k's validation images, from scratch in ten minutes on two CPU cores (README). The
     # mean of word vectors is as good as a Transformer there and costs nothing, so five captions come for the price
