@@ -419,16 +419,26 @@ def to_tensor(image):
 
 
 class EvaluationImages(Dataset):
-    """Pictures of a store as the model sees them in evaluation, (3, size, size) uint8."""
+    """Pictures of a store as the model sees them in evaluation, (3, size, size) uint8.
 
-    def __init__(self, store, indices, size):
-        self.store, self.indices, self.size = store, indices, size
+    With a dict `failed`, a picture that cannot be read is noted there, {position: why}, and is black.
+    """
+
+    def __init__(self, store, indices, size, failed=None):
+        self.store, self.indices, self.size, self.failed = store, indices, size, failed
 
     def __len__(self):
         return len(self.indices)
 
     def __getitem__(self, position):
-        return to_tensor(resize_image(self.store[self.indices[position]], self.size))
+        try:
+            image = resize_image(self.store[self.indices[position]], self.size)
+        except InputError as error:
+            if self.failed is None:
+                raise
+            self.failed[position] = str(error)
+            image = np.zeros((self.size, self.size, 3), np.uint8)
+        return to_tensor(image)
 
 
 # ---- text -------------------------------------------------------------------------------------------------------

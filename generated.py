@@ -4,7 +4,7 @@ With theta the parameters of CLIP, its temperature included, phi those of the ge
 discriminator D, a step of `joint` lowers three losses, each for its own parameters alone:
 
     theta:  CE(real pairs and [G(z, c)] with their captions)                    the contrastive loss, weighted
-    psi:    BCE(D(x, c), 1) + BCE(D([G], c), 0) / 2 + BCE(D(x, c'), 0) / 2 + R1     x real, c' a wrong caption
+    psi:    BCE(D(x, c), 1) + BCE(D([G], c), 0) / 2 + BCE(D(x, c'), 0) / 2 + R1     x real, c' eight wrong captions
     phi:    BCE(D(G(z, c), c), 1) + mu (1 - cos(f(G(z, c)), g(c)))              f, g: a slow, frozen copy of CLIP
 
 [.] stops the gradient. What each term reaches:

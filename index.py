@@ -62,10 +62,15 @@ class Captions(Dataset):
         return pad_tokens(token_lists, self.pad_id)
 
 
-def embed_images(model, image_files, batch_size=64, num_workers=0, dtype=None, description="embedding images"):
-    """(N, D) unit vectors of N picture files, float32, on the model's device; raises InputError."""
+def embed_images(
+    model, image_files, batch_size=64, num_workers=0, dtype=None, description="embedding images", failed=None
+):
+    """(N, D) unit vectors of N picture files, float32, on the model's device; raises InputError.
+
+    With a dict `failed` (and no workers) unreadable pictures are noted there instead, {position: why}.
+    """
     store = ImageStore([Path(file) for file in image_files], stored_side(model.config.size))
-    images = EvaluationImages(store, range(len(store)), model.config.size)
+    images = EvaluationImages(store, range(len(store)), model.config.size, failed)
     return run_encoder(model.encode_image, images, model.device, dtype, batch_size, num_workers, description)
 
 
@@ -181,11 +186,16 @@ class Index:
 
 def index_pictures(run, root, names, stamps, label):
     """The up-to-date `Index` of the pictures `names` below `root`, of sizes and times `stamps` (N, 2); saved beside
-    the run."""
+    the run. The vector of a picture that cannot be read is NaN: one of many should not stop a search."""
     root = Path(root)
 
     def embed(names):
-        return embed_images(run.model, [root / name for name in names])
+        failed = {}
+        vectors = embed_images(run.model, [root / name for name in names], failed=failed)
+        for position, why in failed.items():
+            print(why, file=sys.stderr)
+            vectors[position] = torch.nan
+        return vectors
 
     path = index_path(run, root, label)
     return update_index(path, run.digest, names, stamps, embed, lambda name: file_digest(root / name))

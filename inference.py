@@ -278,6 +278,13 @@ def search_pictures(runs, gallery, queries, n=None):
     if not 1 <= n <= number:
         raise InputError(f"n is {n}, with {number} pictures to search: give --n 1 to {number}")
     vectors = [index_pictures(run, gallery.root, names, gallery.stamps, gallery.label).vectors for run in runs]
+    unreadable = vectors[0][:, 0].isnan().nonzero()[:, 0].tolist()
+    if unreadable:
+        number -= len(unreadable)
+        if not number:
+            raise InputError(f"none of the pictures can be read, {names[0]} and the others")
+        left_out = f"{names[unreadable[0]]} cannot be read and is left out"
+        print(left_out + (f", and {len(unreadable) - 1} more" if unreadable[1:] else ""), file=sys.stderr)
     scores = average_scores(vectors, [query_vectors(run, queries) for run in runs])
     calibration = calibration_of(runs) if any(query.is_sentence for query in queries) else None
     least = threshold(calibration, "text_to_image", number) if calibration else None
@@ -286,7 +293,7 @@ def search_pictures(runs, gallery, queries, n=None):
         resolved = {(gallery.root / name).resolve(): row for row, name in enumerate(names)}
     answers = []
     for query, own in zip(queries, scores, strict=True):
-        skip = [resolved[file.resolve()] for file in query.pictures if file.resolve() in resolved]
+        skip = [resolved[file.resolve()] for file in query.pictures if file.resolve() in resolved] + unreadable
         results = rank(own, n, least if query.is_sentence else None, skip)
         for result in results:
             result["file"] = (gallery.root / names[result.pop("row")]).as_posix()

@@ -279,9 +279,22 @@ def test_bad_input_is_one_line(run, gallery, refused, words, message):
     assert message in refused(main, [*words, *rest])
 
 
-def test_unreadable_picture_in_the_gallery_is_named(run, gallery, refused):
-    (gallery / "broken.jpg").write_bytes(b"no picture")
-    assert "broken.jpg cannot be read" in refused(main, ["a dog", "--run", run, "--images", gallery])
+def test_unreadable_picture_in_the_gallery_is_named_and_left_out(run, gallery, capsys, refused):
+    (before,) = search(capsys, "a dog", "--run", run, "--images", gallery)
+    (gallery / "b2.jpg").write_bytes(b"no picture")
+    for _ in range(2):  # embedded, then known from the index
+        main(["a dog", "--run", str(run), "--images", str(gallery), "--json"])
+        output = capsys.readouterr()
+        assert "b2.jpg cannot be read and is left out" in output.err
+        (found,) = json.loads(output.out)
+        assert found["searched"] == before["searched"] == 6
+        assert [result["file"] for result in found["results"]] == [result["file"] for result in before["results"]]
+        for name in ("score", "deviation"):
+            expected = pytest.approx([result[name] for result in before["results"]], abs=1e-4)
+            assert [result[name] for result in found["results"]] == expected
+    for file in gallery.rglob("*.*"):
+        file.write_bytes(b"no picture")
+    assert "none of the pictures can be read" in refused(main, ["a dog", "--run", run, "--images", gallery])
 
 
 def test_no_run_at_all(refused):
