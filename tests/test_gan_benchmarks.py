@@ -94,6 +94,31 @@ def test_colours_of_drawn_pictures_are_read_right():
 # ---- held-out combinations and controls -------------------------------------------------------------------------
 
 
+def test_objects_of_captions_and_how_many_a_recogniser_finds():
+    scene = all_scenes()[-1]
+    for caption in captions_of(scene):
+        assert sorted(gan_evaluate.named_objects(caption)) == sorted([scene[1], scene[3]])
+    assert gan_evaluate.named_objects("Two dogs on a red square .") is None
+
+    def sees(pictures):  # always the objects 0 and 1
+        return torch.arange(len(gan_evaluate.OBJECTS), 0, -1).float().expand(len(pictures), -1)
+
+    (one, two, three), pictures = gan_evaluate.OBJECTS[:3], torch.zeros(3, 3, 32, 32)
+    captions = [captions_of(("sand", one, "left of", two))[0], "A dog .", f"A {' '.join(three)} , a {' '.join(one)}"]
+    assert gan_evaluate.objects_right(sees, pictures, captions) == 75
+    assert gan_evaluate.objects_right(sees, pictures, ["A dog ."] * 3) is None
+
+
+def test_recogniser_learns_from_drawn_pictures():
+    recogniser = gan_evaluate.teach_recogniser(32, torch.device("cpu"), number=1500, epochs=4)
+    rng, scenes = np.random.default_rng(1), all_scenes()
+    chosen = [scenes[i] for i in rng.permutation(len(scenes))[:100]]
+    drawn = np.stack([np.asarray(draw_scene(scene, rng).resize((32, 32))) for scene in chosen])
+    pictures = torch.from_numpy(drawn).permute(0, 3, 1, 2) / 255
+    captions = [captions_of(scene)[0] for scene in chosen]
+    assert gan_evaluate.objects_right(recogniser, pictures, captions) > 50  # chance: 10
+
+
 def test_held_out_combinations_are_spread_evenly():
     combinations = [(colour, shape) for colour in COLOURS for shape in SHAPES]
     chosen = gan_ablation.spread(combinations, 8, np.random.default_rng(0))
