@@ -81,10 +81,11 @@ def calibration_of(runs):
     It is kept beside the first run, in a file for this very set of models.
     """
     path = runs[0].folder / f"calibration-{'-'.join(run.digest[:8] for run in runs)}.json"
-    with contextlib.suppress(InputError, KeyError, TypeError):  # missing or damaged: made anew
+    with contextlib.suppress(InputError, KeyError, TypeError, ValueError):  # missing or damaged: made anew
         content = read_json(path)
-        shares = [content[name][kind] for name in ("text_to_image", "image_to_text") for kind in ("right", "wrong")]
-        if all(len(share) == len(GRID) for share in shares):
+        known = [content[name] for name in ("text_to_image", "image_to_text")]
+        shares = np.array([one[kind] for one in known for kind in ("right", "wrong")], dtype=float)
+        if shares.shape == (4, len(GRID)) and np.isfinite(shares).all() and all(one["gallery"] >= 1 for one in known):
             return content
     try:
         pairs = load_splits(runs[0].model.config)["validation"]

@@ -12,6 +12,7 @@ import random
 import re
 import shutil
 import signal
+import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from config import InputError
+
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # 100 megapixels are no attack
 
 CAPTION_FILES = ("captions.txt", "captions.csv", "Flickr8k.token.txt")
 GHOST_IMAGES = {"2258277193_586949ec62.jpg.1"}  # in Flickr8k.token.txt with five captions, in no archive
@@ -276,12 +279,12 @@ def load_splits(config):
     return {split: make_pairs(frame, folder, names) for split, names in splits.items()}
 
 
-def check_files(files):
+def check_files(files, where="image_path"):
     """Raise InputError if a picture is missing, naming the first and counting the others."""
     missing = [file for file in files if not os.path.isfile(file)]  # False, not an error, for an impossible name
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise InputError(f"picture {missing[0]} is missing{more}: is image_path right?")
+        raise InputError(f"picture {missing[0]} is missing{more}: is {where} right?")
 
 
 # ---- images -----------------------------------------------------------------------------------------------------
@@ -295,12 +298,18 @@ def decode_image(file, side):
     try:
         with Image.open(file) as image:
             image.draft("RGB", (side, side))  # a JPEG is decoded no larger than needed
-            image = ImageOps.exif_transpose(image).convert("RGB")
-            return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC, reducing_gap=2.0))
+            return np.asarray(upright_rgb(image).resize((side, side), Image.Resampling.BICUBIC, reducing_gap=2.0))
     except FileNotFoundError:
         raise InputError(f"picture {file} is missing") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"picture {file} cannot be read ({error})") from None
+
+
+def upright_rgb(image):
+    """A PIL image turned as its camera says, in RGB."""
+    if image.mode.startswith("I"):  # 16 bits a pixel, of which `convert` would cut off all above 255
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def stored_side(size):

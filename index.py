@@ -143,23 +143,29 @@ def file_digest(file):
 def scan_pictures(folder):
     """The names of all pictures below a folder, sorted, and their sizes and times (N, 2); raises InputError.
 
-    Hidden files are left out (macOS keeps a `._photo.jpg` beside a photo.jpg, which is none). `os.scandir` and plain
-    strings: with `Path.rglob` this would be most of a search's time.
+    Hidden files and folders are left out (macOS keeps a `._photo.jpg` beside a photo.jpg, which is none).
+    `os.scandir` and plain strings: with `Path.rglob` this would be most of a search's time.
     """
     found, waiting, endings = [], [(str(folder), "")], tuple(PICTURES)
     if not Path(folder).is_dir():
         raise InputError(f"images is {folder}, which is not a folder")
     while waiting:
         path, prefix = waiting.pop()
-        with os.scandir(path) as entries:
-            for entry in entries:
-                name = entry.name
-                if name.lower().endswith(endings) and entry.is_file():
-                    if not name.startswith("."):
-                        status = entry.stat()
-                        found.append((prefix + name, status.st_size, status.st_mtime_ns))
-                elif entry.is_dir(follow_symlinks=False):
-                    waiting.append((entry.path, f"{prefix}{name}/"))
+        try:
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    name = entry.name
+                    if name.startswith("."):
+                        continue
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append((entry.path, f"{prefix}{name}/"))
+                    elif name.lower().endswith(endings):
+                        with contextlib.suppress(OSError):  # a link to itself
+                            if entry.is_file():
+                                status = entry.stat()
+                                found.append((prefix + name, status.st_size, status.st_mtime_ns))
+        except OSError as error:
+            print(f"folder {path} is left out ({error.strerror})", file=sys.stderr)
     if not found:
         raise InputError(f"{folder} holds no pictures ({', '.join(sorted(PICTURES))})")
     found.sort()
@@ -192,13 +198,21 @@ def index_pictures(run, root, names, stamps, label):
     def embed(names):
         failed = {}
         vectors = embed_images(run.model, [root / name for name in names], failed=failed)
+        if len(failed) == len(stamps):
+            raise InputError(f"none of the pictures can be read: {failed[0]}")
         for position, why in failed.items():
-            print(why, file=sys.stderr)
+            print(f"{why}: left out", file=sys.stderr)
             vectors[position] = torch.nan
         return vectors
 
+    def digest(name):
+        try:
+            return file_digest(root / name)
+        except OSError:  # no permission: `embed` will say so
+            return hashlib.blake2b(os.fsencode(name), digest_size=16).digest()
+
     path = index_path(run, root, label)
-    return update_index(path, run.digest, names, stamps, embed, lambda name: file_digest(root / name))
+    return update_index(path, run.digest, names, stamps, embed, digest)
 
 
 def index_captions(run, captions, source, label):
@@ -233,9 +247,12 @@ def update_index(path, owner, names, stamps, embed, digest):
     except InputError as error:
         print(f"{error}: everything is embedded anew", file=sys.stderr)
         old = None
-    if old and old.names == names and np.array_equal(old.stamps, stamps):
+    unknown = old.vectors[:, 0].isnan().numpy() if old else None  # could not be read: perhaps they can now
+    if old and old.names == names and np.array_equal(old.stamps, stamps) and not unknown.any():
         return old
     rows, digests = find_known(old, names, stamps, digest)
+    if old:
+        rows[(rows >= 0) & unknown[rows]] = -1
     new = np.flatnonzero(rows < 0)
     embedded = embed([names[i] for i in new]).cpu() if len(new) else old.vectors[:0].clone()
     vectors = torch.empty(len(names), embedded.shape[1])

@@ -5,6 +5,7 @@ evaluated. Pictures and captions are embedded once and kept in an index beside t
 """
 
 import json
+import os
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -73,7 +74,11 @@ def build_queries(arguments):
     extra = [parse_part(text, 1) for text in arguments.plus] + [parse_part(text, -1) for text in arguments.minus]
     starts = list(arguments.query) or ([Path(arguments.image)] if arguments.image else [])
     if not starts or any(not str(start).strip() for start in starts):
-        raise InputError('the query is empty: python inference.py "two dogs on the grass"')
+        taken = f" ({arguments.run[-1]!r} was taken for a run)" if arguments.run and len(arguments.run) > 1 else ""
+        raise InputError(f'the query is empty{taken}: python inference.py "two dogs on the grass"')
+    for start in arguments.query:
+        if Path(start).suffix.lower() in PICTURES and os.path.isfile(start):
+            raise InputError(f"the query is {start}, a picture: give --image {start}")
     suffix = "".join(f" {'+' if w > 0 else '-'} {shown(value, abs(w))}" for w, value in extra)
     return [Query(shown(start, 1) + suffix, [(1.0, start), *extra]) for start in starts]
 
@@ -85,7 +90,7 @@ def parse_part(text, sign):
     if not value.strip():
         raise InputError(f"--{'plus' if sign > 0 else 'minus'} is {text!r}: say what to add or take away")
     if Path(value).suffix.lower() in PICTURES:
-        check_files([Path(value)])
+        check_files([Path(value)], f"--{'plus' if sign > 0 else 'minus'}")
         return sign * weight, Path(value)
     return sign * weight, value
 
@@ -128,6 +133,8 @@ def rank(scores, n, least=None, skip=()):
         kept = torch.ones(number, dtype=torch.bool)
         kept[list(skip)] = False
         number, others, scores = int(kept.sum()), scores[kept], scores.masked_fill(~kept, -torch.inf)
+    if not number:
+        return []
     mean, deviation = others.mean().item(), others.std(correction=0).item()
     best = scores.topk(min(n, number))
     return [
@@ -184,7 +191,10 @@ def own_captions(config, path):
     """The different captions to describe a picture with, the file they come from and the name of their index."""
     if path:
         return list(dict.fromkeys(read_captions(path)["caption"])), path, "captions"
-    split, pairs = own_split(config)
+    try:
+        split, pairs = own_split(config)
+    except InputError as error:
+        raise InputError(f"the run's own captions cannot be had ({error}): give --captions_path") from None
     return list(dict.fromkeys(pairs.captions)), config.captions_path, f"captions-{split}"
 
 
@@ -246,8 +256,15 @@ def open_runs_and_gallery(folders, device, images):
 def choose_job(arguments):
     """The function that does what the command line asks for; raises InputError for what does not go together."""
     a = arguments
-    if Path(a.output).suffix.lower() not in FORMATS or not Path(a.output).parent.is_dir():
+    output = Path(a.output)
+    if output.suffix.lower() not in FORMATS or not output.parent.is_dir() or output.is_dir():
         raise InputError(f"output is {a.output}: give a {', '.join(FORMATS)} file in a folder that exists")
+    jobs = [name for name, given in (("--evaluate", a.evaluate), ("--zero_shot", a.zero_shot)) if given]
+    if len(jobs) == 2 or (jobs and (a.query or a.image)):
+        other = jobs[1] if jobs[1:] else "--image" if a.image else "a sentence"
+        raise InputError(f"{jobs[0]} does not go with {other}: give one of them")
+    if a.images == "":
+        raise InputError("images is empty: name a folder of pictures, or drop --images")
     if a.evaluate:
         if not a.image_path or not a.captions_path:
             raise InputError("--evaluate needs --image_path and --captions_path")
@@ -255,7 +272,7 @@ def choose_job(arguments):
     if a.zero_shot:
         return evaluate_zero_shot
     if a.image:
-        check_files([Path(a.image)])
+        check_files([Path(a.image)], "--image")
         if a.query:
             raise InputError("give a sentence or --image; to combine them: a sentence and --plus PICTURE")
     if a.labels is not None:
@@ -279,12 +296,7 @@ def search_pictures(runs, gallery, queries, n=None):
         raise InputError(f"n is {n}, with {number} pictures to search: give --n 1 to {number}")
     vectors = [index_pictures(run, gallery.root, names, gallery.stamps, gallery.label).vectors for run in runs]
     unreadable = vectors[0][:, 0].isnan().nonzero()[:, 0].tolist()
-    if unreadable:
-        number -= len(unreadable)
-        if not number:
-            raise InputError(f"none of the pictures can be read, {names[0]} and the others")
-        left_out = f"{names[unreadable[0]]} cannot be read and is left out"
-        print(left_out + (f", and {len(unreadable) - 1} more" if unreadable[1:] else ""), file=sys.stderr)
+    number -= len(unreadable)
     scores = average_scores(vectors, [query_vectors(run, queries) for run in runs])
     calibration = calibration_of(runs) if any(query.is_sentence for query in queries) else None
     least = threshold(calibration, "text_to_image", number) if calibration else None
@@ -316,12 +328,13 @@ def describe(runs, gallery, arguments):
     for result in results:
         result["caption"] = captions[result.pop("row")]
     described = answer(query.text, "captions", len(captions), results)
-    print_answers([described, *search_pictures(runs, gallery, [query], arguments.n)], arguments)
+    similar = search_pictures(runs, gallery, [query], min(n, len(gallery.names)))
+    print_answers([described, *similar], arguments)
 
 
 def answer(query, kind, searched, results):
     verdicts = [result["match"] for result in results]
-    match = None if None in verdicts else any(verdicts)
+    match = None if None in verdicts or not verdicts else any(verdicts)
     return {"query": query, "kind": kind, "searched": searched, "match": match, "results": results}
 
 
@@ -344,6 +357,18 @@ def classify(runs, arguments):
 
 def print_answers(answers, arguments):
     """One line per result for pipes, or JSON; then the pictures."""
+    try:
+        print_results(answers, arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has read enough; Python would complain again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    for each in answers:
+        if each["match"] is False:
+            print(f"no good match for {each['query']!r} among {each['searched']:,} {each['kind']}", file=sys.stderr)
+    draw_answers(answers, arguments)
+
+
+def print_results(answers, arguments):
     if arguments.json:
         print(json.dumps(answers))
     for each in answers:
@@ -359,10 +384,6 @@ def print_answers(answers, arguments):
                 found,
             ]
             print("\t".join(" ".join(word.split()) if word is not found else word for word in words))
-        if each["match"] is False:
-            print(f"no good match for {each['query']!r} among {each['searched']:,} {each['kind']}", file=sys.stderr)
-    sys.stdout.flush()
-    draw_answers(answers, arguments)
 
 
 def draw_answers(answers, arguments):
@@ -422,7 +443,8 @@ def evaluate_zero_shot(runs, arguments):
     labels = parse_labels(arguments.labels) if arguments.labels else sorted(set(truth))
     unknown = sorted(set(truth) - set(labels))
     if unknown or len(labels) < 2:
-        raise InputError(f"labels are {', '.join(labels)}: give two or more, and {', '.join(unknown) or 'others'} too")
+        problem = f"lack {', '.join(unknown)}, which pictures have" if unknown else "are one: give two or more"
+        raise InputError(f"labels {', '.join(labels)} {problem}")
     logits = label_logits([run.model for run in runs], files, labels, arguments.template or TEMPLATES)
     results = evaluate_labels(logits, truth, labels)
     if arguments.json:

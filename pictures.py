@@ -1,18 +1,20 @@
 """Pictures of results: grids of matches, captions and labels of a picture, confusion matrices."""
 
 import textwrap
+import warnings
 
 import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps
+from PIL import Image
 
 from config import InputError
-from dataset import EvaluationImages
+from dataset import EvaluationImages, upright_rgb
 from index import embed_captions, run_encoder
 
 matplotlib.rcParams["text.parse_math"] = False  # a dollar in a caption or a file name is a dollar
+warnings.filterwarnings("ignore", r"Glyph \d+", UserWarning)  # letters that the font lacks are boxes, as everywhere
 MATCH, WEAK = "limegreen", "lightgrey"  # frames and bars: a match, or not
 
 
@@ -36,12 +38,13 @@ def draw_grid(panels, path, columns=3):
             axis.set_axis_off()
         for axis, file, title, colour in zip(axes, files, titles, colours, strict=False):
             show_picture(axis, file, colour)
-            axis.set_title(title, fontsize=10)
+            axis.set_title(title.encode("utf-8", "replace").decode(), fontsize=10)
     save(figure, path)
 
 
 def wrap(text, width, size, lines=4):
     """The lines of a text that fit into `width` inches at a font size; line breaks in it stay."""
+    text = text.encode("utf-8", "replace").decode()  # a file's name may be no text; matplotlib refuses it
     letters = int(width * 72 / (0.58 * size))
     parts = [textwrap.wrap(line, letters, max_lines=lines, placeholder=" ...") for line in text.split("\n")]
     return [line for part in parts for line in part]
@@ -60,7 +63,10 @@ def show_picture(axis, file, colour=None, width=5):
 
 
 def draw_bars(file, heading, names, values, colours, path, digits=2):
-    """Save a picture beside horizontal bars, the first on top: what describes it, and how well."""
+    """Save a picture beside horizontal bars, the first on top: what describes it, and how well.
+
+    The bars begin at zero or, with values below it, a little below the least: the best is always the longest.
+    """
     names = ["\n".join(textwrap.wrap(name, 44, max_lines=3, placeholder=" ...")) for name in names]
     lines = sum(name.count("\n") + 1 for name in names)
     figure = Figure(figsize=(11, max(4.0, 0.22 * lines + 0.22 * len(names) + 0.8)), layout="constrained")
@@ -69,11 +75,13 @@ def draw_bars(file, heading, names, values, colours, path, digits=2):
     show_picture(left, file)
     rows = max(len(names), 4)  # a single bar is not to fill the picture
     places = rows - 1 - np.arange(len(names))
-    right.barh(places, values, color=colours, height=0.6)
+    least, most = min(values), max(values)
+    base = 0 if least >= 0 else least - 0.1 * max(most - least, 0.1)
+    right.barh(places, [value - base for value in values], left=base, color=colours, height=0.6)
     for place, value in zip(places, values, strict=True):
-        right.text(max(value, 0), place, f" {value:.{digits}f}", va="center", fontsize=10)
+        right.text(value, place, f" {value:.{digits}f}", va="center", fontsize=10)
     right.set_yticks(places, names, fontsize=10)
-    right.set(xticks=[], xlim=(min(0, *values), max(max(values), 1e-6) * 1.18), ylim=(-0.6, rows - 0.4))
+    right.set(xticks=[], xlim=(base, base + 1.18 * max(most - base, 1e-6)), ylim=(-0.6, rows - 0.4))
     right.tick_params(left=False)
     right.spines[["top", "right", "bottom"]].set_visible(False)
     save(figure, path)
@@ -106,7 +114,7 @@ def open_picture(file, longest=320):
     """A picture upright and in its own proportions, no larger than it will be shown, as a PIL image."""
     try:
         with Image.open(file) as image:
-            image = ImageOps.exif_transpose(image).convert("RGB")
+            image = upright_rgb(image)
             image.thumbnail((longest, longest))
             return image
     except (OSError, SyntaxError, ValueError) as error:

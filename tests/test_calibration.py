@@ -1,5 +1,6 @@
 """Thresholds against a plain search over all cosines, shares against counting."""
 
+import json
 import shutil
 
 import numpy as np
@@ -81,7 +82,10 @@ def test_calibration_of_damaged_file_and_without_data(trained_run, tmp_path):
     run = open_run(tmp_path / "run")
     good = calibration_of([run])
     (file,) = (tmp_path / "run/index").glob("calibration-*.json")
-    for damage in ("{", "[]", '{"text_to_image": {}}'):
+    whole = file.read_text()
+    damages = [{"gallery": 0}, {"gallery": None}, {"right": ["x"]}, {"wrong": [0.5]}]
+    changed = [{**good, "text_to_image": {**good["text_to_image"], **damage}} for damage in damages]
+    for damage in ("{", "[]", '{"text_to_image": {}}', whole.replace("gallery", "galery"), *map(json.dumps, changed)):
         file.write_text(damage)
         assert calibration_of([run]) == good
     file.unlink()

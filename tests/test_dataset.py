@@ -234,6 +234,13 @@ def quarters(side, dtype=np.uint8):
     return small.repeat(side // 2, 0).repeat(side // 2, 1)
 
 
+def test_sixteen_bits_are_brought_to_eight(tmp_path):
+    ramp = np.linspace(0, 65535, 20 * 20).reshape(20, 20).astype(np.uint16)
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    decoded = decode_image(tmp_path / "a.png", 20)
+    assert np.abs(decoded[..., 0].astype(int) - (ramp >> 8)).max() <= 1
+
+
 def test_decode_image_shows_the_whole_picture(tmp_path):
     Image.fromarray(quarters(40)).resize((90, 40), Image.Resampling.NEAREST).save(tmp_path / "a.png")
     decoded = decode_image(tmp_path / "a.png", 20)

@@ -58,6 +58,8 @@ def check_vectors(run, gallery, found):
 
 
 def test_scan_finds_pictures_in_all_folders_and_nothing_else(gallery):
+    (gallery / ".trash").mkdir()
+    (gallery / ".trash/e.jpg").write_bytes(b"hidden")
     names, stamps = scan_pictures(gallery)
     assert names == ["a.jpg", "b.PNG", "sub/c.webp", "sub/deep/d.jpg"]
     status = (gallery / "sub/c.webp").stat()

@@ -1,7 +1,10 @@
 """The search command against plain computations on the same vectors, and its answers to bad input."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -267,6 +270,10 @@ def test_evaluate_one_run_and_an_ensemble(run, sample, tmp_path, capsys, tiny_mo
         (["--image", "gallery/0.jpg", "--labels", "a"], "two or more"),
         (["--image", "gallery/0.jpg", "--labels", "a,b", "--template", "x"], "template"),
         (["--evaluate"], "needs --image_path"),
+        (["photo.jpg"], "a picture: give --image photo.jpg"),
+        (["a dog", "--images", ""], "images is empty"),
+        (["a dog", "--zero_shot", "x"], "--zero_shot does not go with a sentence"),
+        (["--evaluate", "--zero_shot", "x"], "--evaluate does not go with --zero_shot"),
         (["a dog", "--outptu", "x.png"], "did you mean --output"),
         (["a dog", "--output", "picture"], "output is picture"),
         (["a dog", "--output", "nowhere/x.png"], "output is nowhere/x.png"),
@@ -274,6 +281,7 @@ def test_evaluate_one_run_and_an_ensemble(run, sample, tmp_path, capsys, tiny_mo
 )
 def test_bad_input_is_one_line(run, gallery, refused, words, message):
     Path("broken.jpg").write_bytes(b"no picture")
+    Path("photo.jpg").write_bytes(b"a picture")
     rest = [] if "--images" in words else ["--images", "gallery"]
     rest += [] if "--run" in words else ["--run", "run"]
     assert message in refused(main, [*words, *rest])
@@ -285,7 +293,7 @@ def test_unreadable_picture_in_the_gallery_is_named_and_left_out(run, gallery, c
     for _ in range(2):  # embedded, then known from the index
         main(["a dog", "--run", str(run), "--images", str(gallery), "--json"])
         output = capsys.readouterr()
-        assert "b2.jpg cannot be read and is left out" in output.err
+        assert "b2.jpg cannot be read" in output.err and "left out" in output.err
         (found,) = json.loads(output.out)
         assert found["searched"] == before["searched"] == 6
         assert [result["file"] for result in found["results"]] == [result["file"] for result in before["results"]]
@@ -295,6 +303,45 @@ def test_unreadable_picture_in_the_gallery_is_named_and_left_out(run, gallery, c
     for file in gallery.rglob("*.*"):
         file.write_bytes(b"no picture")
     assert "none of the pictures can be read" in refused(main, ["a dog", "--run", run, "--images", gallery])
+
+
+def test_picture_can_be_found_once_it_can_be_read(run, gallery, capsys):
+    whole = (gallery / "3.jpg").read_bytes()
+    (gallery / "3.jpg").write_bytes(b"x" * len(whole))
+    stamp = (gallery / "3.jpg").stat().st_mtime_ns
+    assert search(capsys, "a dog", "--run", run, "--images", gallery)[0]["searched"] == 5
+    (gallery / "3.jpg").write_bytes(whole)
+    os.utime(gallery / "3.jpg", ns=(stamp, stamp))  # as after chmod: same size, same time
+    assert search(capsys, "a dog", "--run", run, "--images", gallery)[0]["searched"] == 6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="such names are possible on Linux alone")
+def test_names_that_are_no_text_and_links_to_themselves(run, gallery, capsys):
+    (gallery / "0.jpg").rename(gallery / os.fsdecode(b"bad\xff.jpg"))
+    (gallery / "loop.jpg").symlink_to("loop.jpg")
+    (found,) = search(capsys, "a dog", "--run", run, "--images", gallery)
+    assert found["searched"] == 6
+
+
+def test_pipe_that_closes_early_still_leaves_the_picture(run, gallery):
+    command = [
+        sys.executable,
+        "inference.py",
+        "a dog",
+        "--run",
+        run,
+        "--images",
+        gallery,
+        "--output",
+        gallery / "m.png",
+    ]
+    root = Path(__file__).parents[1]
+    process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert process.wait() == 0, errors
+    assert "Broken" not in errors and "Traceback" not in errors
+    assert (gallery / "m.png").exists()
 
 
 def test_no_run_at_all(refused):
