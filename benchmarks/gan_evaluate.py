@@ -122,6 +122,7 @@ def colours_right(pictures, captions):
 
 # ---- objects of drawn pictures ----------------------------------------------------------------------------------
 
+LESSONS = 5000  # pictures that the recogniser is taught with, five times each
 OBJECTS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
 
 
@@ -150,9 +151,9 @@ class Recogniser(torch.nn.Module):
 
 
 @torch.enable_grad()
-def teach_recogniser(size, device, number=5000, epochs=5, seed=0):
+def teach_recogniser(size, device, seed=0):
     """A recogniser of pictures of that size, taught on newly drawn scenes, some of them blurred or noisy."""
-    rng, scenes = np.random.default_rng(seed), all_scenes()
+    rng, scenes, number, epochs = np.random.default_rng(seed), all_scenes(), LESSONS, 5
     chosen = [scenes[i] for i in rng.integers(len(scenes), size=number)]
     drawn = [np.asarray(resize_image(np.asarray(draw_scene(scene, rng)), size)) for scene in chosen]
     pictures = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).to(device)

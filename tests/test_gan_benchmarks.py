@@ -109,8 +109,9 @@ def test_objects_of_captions_and_how_many_a_recogniser_finds():
     assert gan_evaluate.objects_right(sees, pictures, ["A dog ."] * 3) is None
 
 
-def test_recogniser_learns_from_drawn_pictures():
-    recogniser = gan_evaluate.teach_recogniser(32, torch.device("cpu"), number=1500, epochs=4)
+def test_recogniser_learns_from_drawn_pictures(monkeypatch):
+    monkeypatch.setattr(gan_evaluate, "LESSONS", 1000)
+    recogniser = gan_evaluate.teach_recogniser(32, torch.device("cpu"))
     rng, scenes = np.random.default_rng(1), all_scenes()
     chosen = [scenes[i] for i in rng.permutation(len(scenes))[:100]]
     drawn = np.stack([np.asarray(draw_scene(scene, rng).resize((32, 32))) for scene in chosen])
