@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, draw_picture, flags, run_python
+from conftest import ROOT, flags, run_python
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
