@@ -111,10 +111,10 @@ def test_objects_of_captions_and_how_many_a_recogniser_finds():
 
 def test_recogniser_learns_from_drawn_pictures(monkeypatch):
     monkeypatch.setattr(gan_evaluate, "LESSONS", 1000)
-    recogniser = gan_evaluate.teach_recogniser(32, torch.device("cpu"))
+    recogniser = gan_evaluate.teach_recogniser(16, torch.device("cpu"))
     rng, scenes = np.random.default_rng(1), all_scenes()
     chosen = [scenes[i] for i in rng.permutation(len(scenes))[:100]]
-    drawn = np.stack([np.asarray(draw_scene(scene, rng).resize((32, 32))) for scene in chosen])
+    drawn = np.stack([np.asarray(draw_scene(scene, rng).resize((16, 16))) for scene in chosen])
     pictures = torch.from_numpy(drawn).permute(0, 3, 1, 2) / 255
     captions = [captions_of(scene)[0] for scene in chosen]
     assert gan_evaluate.objects_right(recogniser, pictures, captions) > 50  # chance: 10
