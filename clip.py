@@ -159,7 +159,7 @@ def setup_device(device="auto", precision="auto"):
     try:
         device = torch.device(device)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # which, depends on the build of torch
         raise InputError(f"device is {str(device)!r}, which is not to be had here ({str(error)[:80]})") from None
     if precision == "auto":
         precision = "float32"

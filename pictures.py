@@ -38,16 +38,20 @@ def draw_grid(panels, path, columns=3):
             axis.set_axis_off()
         for axis, file, title, colour in zip(axes, files, titles, colours, strict=False):
             show_picture(axis, file, colour)
-            axis.set_title(title.encode("utf-8", "replace").decode(), fontsize=10)
+            axis.set_title(as_text(title), fontsize=10)
     save(figure, path)
 
 
 def wrap(text, width, size, lines=4):
     """The lines of a text that fit into `width` inches at a font size; line breaks in it stay."""
-    text = text.encode("utf-8", "replace").decode()  # a file's name may be no text; matplotlib refuses it
     letters = int(width * 72 / (0.58 * size))
-    parts = [textwrap.wrap(line, letters, max_lines=lines, placeholder=" ...") for line in text.split("\n")]
+    parts = [textwrap.wrap(line, letters, max_lines=lines, placeholder=" ...") for line in as_text(text).split("\n")]
     return [line for part in parts for line in part]
+
+
+def as_text(name):
+    """A file's name with question marks for bytes that are no text, which matplotlib refuses."""
+    return name.encode("utf-8", "replace").decode()
 
 
 def save(figure, path):

@@ -122,7 +122,7 @@ def colours_right(pictures, captions):
 
 # ---- objects of drawn pictures ----------------------------------------------------------------------------------
 
-LESSONS = 5000  # pictures that the recogniser is taught with, five times each
+LESSONS, ROUNDS = 5000, 5  # pictures that the recogniser is taught with, and how often it sees each
 OBJECTS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
 
 
@@ -153,20 +153,20 @@ class Recogniser(torch.nn.Module):
 @torch.enable_grad()
 def teach_recogniser(size, device, seed=0):
     """A recogniser of pictures of that size, taught on newly drawn scenes, some of them blurred or noisy."""
-    rng, scenes, number, epochs = np.random.default_rng(seed), all_scenes(), LESSONS, 5
-    chosen = [scenes[i] for i in rng.integers(len(scenes), size=number)]
+    rng, scenes = np.random.default_rng(seed), all_scenes()
+    chosen = [scenes[i] for i in rng.integers(len(scenes), size=LESSONS)]
     drawn = [np.asarray(resize_image(np.asarray(draw_scene(scene, rng)), size)) for scene in chosen]
     pictures = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).to(device)
-    truth = torch.zeros(number, len(OBJECTS), device=device)
+    truth = torch.zeros(LESSONS, len(OBJECTS), device=device)
     for row, (_, first, _, second) in zip(truth, chosen, strict=True):
         row[[OBJECTS.index(first), OBJECTS.index(second)]] = 1
     torch.manual_seed(seed)
-    model, steps = Recogniser(size).to(device), epochs * -(-number // 64)
+    model, steps = Recogniser(size).to(device), ROUNDS * -(-LESSONS // 64)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
     with tqdm(total=steps, desc="recogniser", unit="step", disable=not sys.stderr.isatty()) as bar:
-        for _ in range(epochs):
-            for rows in torch.randperm(number, device=device).split(64):
+        for _ in range(ROUNDS):
+            for rows in torch.randperm(LESSONS, device=device).split(64):
                 batch = pictures[rows].float() / 255
                 if torch.rand(()) < 0.3:
                     batch = resize_pictures(resize_pictures(batch, size // 2), size)

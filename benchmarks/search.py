@@ -17,7 +17,7 @@ from common import in_fresh_process, report, spread
 
 REPEATS = 5
 QUERY = "a dog on the grass"
-SHAPES = {"distilbert": {}, "small": {"text_layers": 2, "text_width": 128}}  # of the text encoders
+ENCODERS = {"distilbert": {}, "small": {"text_layers": 2, "text_width": 128}}  # of the text encoders
 
 
 def prepare(folder, pictures):
@@ -32,7 +32,7 @@ def prepare(folder, pictures):
 
     paths = {"image_path": str(folder / "shapes/Images"), "captions_path": str(folder / "shapes/captions.txt")}
     draw_sample(**paths, train_images=40, validation_images=20, test_images=20)
-    for name, shape in SHAPES.items():
+    for name, shape in ENCODERS.items():
         settings = {"model_name": "resnet10t", "text_tokenizer": "captions", "pretrained": False, "size": 32}
         config = Config(**paths, **settings, max_length=32, **shape)
         save_model(CLIP(config, train_tokenizer(load_splits(config)["train"].captions)), folder / name / "best")
@@ -159,12 +159,12 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         prepare(folder, pictures)
-        for name in SHAPES:
+        for name in ENCODERS:
             in_fresh_process("answer", folder, name)  # embeds and saves
-        runs, loads = {name: [] for name in SHAPES}, []
+        runs, loads = {name: [] for name in ENCODERS}, []
         for _ in range(REPEATS):
             loads.append(in_fresh_process("load", folder, "distilbert"))
-            for name in SHAPES:
+            for name in ENCODERS:
                 runs[name].append(in_fresh_process("answer", folder, name))
         changes = in_fresh_process("change", folder)
         in_fresh_process("draw", folder, vectors)

@@ -324,19 +324,9 @@ def test_names_that_are_no_text_and_links_to_themselves(run, gallery, capsys):
 
 
 def test_pipe_that_closes_early_still_leaves_the_picture(run, gallery):
-    command = [
-        sys.executable,
-        "inference.py",
-        "a dog",
-        "--run",
-        run,
-        "--images",
-        gallery,
-        "--output",
-        gallery / "m.png",
-    ]
-    root = Path(__file__).parents[1]
-    process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    program = Path(__file__).parents[1] / "inference.py"
+    command = [sys.executable, program, "a dog", "--run", run, "--images", gallery, "--output", gallery / "m.png"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()
     errors = process.stderr.read()
     assert process.wait() == 0, errors
