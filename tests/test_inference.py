@@ -290,7 +290,7 @@ def test_bad_input_is_one_line(run, gallery, refused, words, message):
 def test_unreadable_picture_in_the_gallery_is_named_and_left_out(run, gallery, capsys, refused):
     (before,) = search(capsys, "a dog", "--run", run, "--images", gallery)
     (gallery / "b2.jpg").write_bytes(b"no picture")
-    for _ in range(2):  # embedded, then known from the index
+    for _ in range(2):  # it is tried again each time
         main(["a dog", "--run", str(run), "--images", str(gallery), "--json"])
         output = capsys.readouterr()
         assert "b2.jpg cannot be read" in output.err and "left out" in output.err
