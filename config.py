@@ -13,6 +13,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from tqdm import tqdm
+
 INF = math.inf
 
 
@@ -364,6 +366,12 @@ def read_json(path):
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no JSON object: is it from this program?")
     return content
+
+
+def progress_bar(iterable=None, **options):
+    """A tqdm bar; where each state is a line of its own, as in a log file, one every half minute."""
+    seconds = 0.5 if sys.stderr.isatty() else 30
+    return tqdm(iterable, mininterval=seconds, dynamic_ncols=True, **options)
 
 
 def exit_on_input_error(main):

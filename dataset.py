@@ -27,9 +27,8 @@ import pandas as pd
 import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
-from config import InputError
+from config import InputError, progress_bar
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # 100 megapixels are no attack
 
@@ -388,7 +387,9 @@ def write_image_cache(path, files, side, num_workers, show_progress):
     # Threads, not processes: decoding releases the interpreter's lock.
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
         results = pool.map(decode, range(len(files)))
-        for _ in tqdm(results, "decoding images", len(files), unit="image", disable=not show_progress):
+        for _ in progress_bar(
+            results, desc="decoding images", total=len(files), unit="image", disable=not show_progress
+        ):
             pass
     pixels.flush()
     return [message for _, message in sorted(errors)]

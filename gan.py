@@ -12,7 +12,6 @@ Shapes: B images, Z width of the noise, D width of CLIP's shared space, C channe
 import copy
 import dataclasses
 import json
-import sys
 import textwrap
 import time
 from functools import partial
@@ -24,10 +23,17 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tqdm import tqdm
 
 from clip import autocast, load_model, setup_device
-from config import InputError, build_config, exit_on_input_error, parse_flags, read_json, write_json
+from config import (
+    InputError,
+    build_config,
+    exit_on_input_error,
+    parse_flags,
+    progress_bar,
+    read_json,
+    write_json,
+)
 from dataset import SIDED, ImageStore, build_image_cache, load_splits, pairs_naming, resize_image, stored_side
 from gan_networks import NOISE, Architecture, Discriminator
 from index import embed_captions
@@ -340,14 +346,7 @@ def train_gan(config):
     history = load_checkpoint(gan, folder)
     folder.mkdir(parents=True, exist_ok=True)
     steps = count // config.gan_batch_size
-    bar = tqdm(
-        total=config.gan_epochs * steps,
-        initial=len(history) * steps,
-        desc="GAN",
-        unit="step",
-        mininterval=0.5 if sys.stderr.isatty() else 30,
-        dynamic_ncols=True,
-    )
+    bar = progress_bar(total=config.gan_epochs * steps, initial=len(history) * steps, desc="GAN", unit="step")
     with bar:
         while len(history) < config.gan_epochs:
             torch.manual_seed(int(np.random.SeedSequence((config.seed, len(history))).generate_state(1)[0]))
@@ -416,17 +415,22 @@ def load_checkpoint(gan, folder):
 
 def draw_samples(generator, pairs, store, path, rows=4, columns=2, each=3):
     """Unseen captions with a real picture and a few generated ones, as a picture."""
-    figure = Figure(figsize=(1.9 * columns * (each + 1), 2.25 * rows), layout="constrained")
     chosen = np.random.default_rng(0).permutation(len(pairs.captions))[: rows * columns]
-    for part, caption in zip(figure.subfigures(rows, columns).flat, chosen, strict=False):
+    figure = Figure(figsize=(1.9 * columns * (each + 1), 2.25 * rows))
+    figure.subplots_adjust(left=0.01, right=0.99, top=0.95, bottom=0.04, wspace=0.04, hspace=0.28)
+    for axis, caption in zip(figure.subplots(rows, columns).flat, chosen, strict=False):
         embeddings = store.embeddings[caption].expand(each, -1)
         generated = generate(generator, embeddings, seed=int(caption)).permute(0, 2, 3, 1).cpu().numpy()
-        real = store.pictures[pairs.image_index[caption]].permute(1, 2, 0).cpu().numpy()
-        part.suptitle(textwrap.shorten(pairs.captions[caption], 80), fontsize=11, parse_math=False)
-        for number, axis in enumerate(part.subplots(1, each + 1)):
-            axis.imshow(real if number == 0 else generated[number - 1])
-            axis.set_title("real" if number == 0 else "generated", fontsize=8)
-            axis.set(xticks=[], yticks=[])
+        real = store.pictures[pairs.image_index[caption]].permute(1, 2, 0).cpu().numpy() / 255
+        side = len(real)
+        gap = np.ones((side, max(1, side // 16), 3))
+        # One axis for all pictures of a caption: an axis for each takes longer than a small epoch.
+        axis.imshow(np.hstack([real, *(part for picture in generated for part in (gap, picture))]))
+        centres = [number * (side + gap.shape[1]) + side / 2 for number in range(each + 1)]
+        axis.set_xticks(centres, ["real", *["generated"] * each], fontsize=8)
+        axis.set_title(textwrap.shorten(pairs.captions[caption], 80), fontsize=11)
+        axis.set(yticks=[], frame_on=False)
+        axis.tick_params(length=0)
     figure.savefig(path, dpi=80)
 
 

@@ -74,6 +74,19 @@ def embed_images(
     return run_encoder(model.encode_image, images, model.device, dtype, batch_size, num_workers, description)
 
 
+def embed_readable(model, image_files, total=None):
+    """As `embed_images`, but a picture that cannot be read is named and gets a vector of NaN: one of many should not
+    stop the rest. Raises InputError if as many as `total` (default: all) cannot be read."""
+    failed = {}
+    vectors = embed_images(model, image_files, failed=failed)
+    if len(failed) == (len(image_files) if total is None else total):
+        raise InputError(f"none of the pictures can be read: {failed[0]}")
+    for position, why in failed.items():
+        print(f"{why}: left out", file=sys.stderr)
+        vectors[position] = torch.nan
+    return vectors
+
+
 def embed_captions(model, captions, batch_size=256, dtype=None, description=None):
     """(T, D) unit vectors of T captions, float32, on the model's device."""
     dataset = Captions(model.tokenizer, list(captions), model.max_length)
@@ -192,18 +205,11 @@ class Index:
 
 def index_pictures(run, root, names, stamps, label):
     """The up-to-date `Index` of the pictures `names` below `root`, of sizes and times `stamps` (N, 2); saved beside
-    the run. The vector of a picture that cannot be read is NaN: one of many should not stop a search."""
+    the run. The vector of a picture that cannot be read is NaN."""
     root = Path(root)
 
     def embed(names):
-        failed = {}
-        vectors = embed_images(run.model, [root / name for name in names], failed=failed)
-        if len(failed) == len(stamps):
-            raise InputError(f"none of the pictures can be read: {failed[0]}")
-        for position, why in failed.items():
-            print(f"{why}: left out", file=sys.stderr)
-            vectors[position] = torch.nan
-        return vectors
+        return embed_readable(run.model, [root / name for name in names], total=len(stamps))
 
     def digest(name):
         try:

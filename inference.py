@@ -35,6 +35,7 @@ from zero_shot import TEMPLATES, evaluate_labels, label_logits, parse_labels, re
 
 FORMATS = (".png", ".jpg", ".webp", ".pdf", ".svg")  # of the picture written
 MOST_ROWS = 60  # of a grid: beyond, the picture would be larger than matplotlib can draw
+MOST_BARS = 20  # of a chart
 
 
 def find_matches(model, image_embeddings, query, image_filenames, n=9):
@@ -349,10 +350,11 @@ def classify(runs, arguments):
     else:
         for result in results:
             print(f"{result['probability']:.4f}\t{result['label']}")
-    names, values = [r["label"] for r in results[:20]], [r["probability"] for r in results[:20]]
+    drawn = results[:MOST_BARS]
+    names, values = [r["label"] for r in drawn], [r["probability"] for r in drawn]
     colours = [MATCH] + [WEAK] * (len(names) - 1)
     draw_bars(arguments.image, Path(arguments.image).name, names, values, colours, arguments.output)
-    print(f"the picture is in {arguments.output}", file=sys.stderr)
+    print(f"the picture is in {arguments.output}{left_over(len(results) - len(drawn))}", file=sys.stderr)
 
 
 def print_answers(answers, arguments):
@@ -394,9 +396,9 @@ def draw_answers(answers, arguments):
         colours = [{True: MATCH, False: WEAK, None: None}[result["match"]] for result in results]
         if each["kind"] == "captions":
             place = output.with_stem(f"{output.stem}_captions")
-            names, values = [r["caption"] for r in results[:20]], [r["score"] for r in results[:20]]
-            draw_bars(arguments.image, heading, names, values, [c or WEAK for c in colours[:20]], place)
-            print(f"the captions are in {place}", file=sys.stderr)
+            names, values = [r["caption"] for r in results[:MOST_BARS]], [r["score"] for r in results[:MOST_BARS]]
+            draw_bars(arguments.image, heading, names, values, [c or WEAK for c in colours[:MOST_BARS]], place)
+            print(f"the captions are in {place}{left_over(len(results) - len(names))}", file=sys.stderr)
             continue
         room = min(3 * (MOST_ROWS - rows), len(results))
         if room:
@@ -407,11 +409,14 @@ def draw_answers(answers, arguments):
         print("there is no picture to show", file=sys.stderr)
         return
     draw_grid(panels, output)
-    left = sum(len(a["results"]) for a in answers if a["kind"] == "images") - sum(
-        len(files) for _, files, _, _ in panels
-    )
-    more = f" ({left} more did not fit on it)" if left else ""
-    print(f"the pictures are in {output}{more}", file=sys.stderr)
+    found = sum(len(each["results"]) for each in answers if each["kind"] == "images")
+    left = found - sum(len(files) for _, files, _, _ in panels)
+    print(f"the pictures are in {output}{left_over(left)}", file=sys.stderr)
+
+
+def left_over(number):
+    """What is said of results that a picture has no room for."""
+    return f" ({number} more did not fit on it)" if number else ""
 
 
 def picture_title(result):
@@ -446,13 +451,15 @@ def evaluate_zero_shot(runs, arguments):
         problem = f"lack {', '.join(unknown)}, which pictures have" if unknown else "are one: give two or more"
         raise InputError(f"labels {', '.join(labels)} {problem}")
     logits = label_logits([run.model for run in runs], files, labels, arguments.template or TEMPLATES)
-    results = evaluate_labels(logits, truth, labels)
+    readable = ~logits[:, 0].isnan()
+    truth = [label for label, kept in zip(truth, readable.tolist(), strict=True) if kept]
+    results = evaluate_labels(logits[readable], truth, labels)
     if arguments.json:
         print(json.dumps(results))
     else:
-        print(f"{results['accuracy']:.1f}% of {len(files)} pictures right, {len(labels)} labels", end="")
+        print(f"{results['accuracy']:.1f}% of {len(truth)} pictures right, {len(labels)} labels", end="")
         print(f" (mean over the labels {results['mean_label_accuracy']:.1f}%)")
-    heading = f"{results['accuracy']:.1f}% of {len(files)} pictures right"
+    heading = f"{results['accuracy']:.1f}% of {len(truth)} pictures right"
     draw_confusion(results["confusion"], labels, arguments.output, heading)
     print(f"the confusion matrix is in {arguments.output}", file=sys.stderr)
 

@@ -7,7 +7,7 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageOps
 
 from config import InputError
 from dataset import EvaluationImages, upright_rgb
@@ -114,13 +114,19 @@ def draw_confusion(counts, labels, path, heading):
     save(figure, path)
 
 
-def open_picture(file, longest=320):
-    """A picture upright and in its own proportions, no larger than it will be shown, as a PIL image."""
+def open_picture(file, longest=320, narrowest=64):
+    """A picture upright and in its own proportions, no larger than it will be shown, as a PIL image.
+
+    A strip gets white borders: its frame would cover it.
+    """
     try:
         with Image.open(file) as image:
             image = upright_rgb(image)
             image.thumbnail((longest, longest))
-            return image
+            width, height = image.size
+            least = narrowest * max(image.size) // longest
+            size = (max(width, least), max(height, least))
+            return image if size == image.size else ImageOps.pad(image, size, color="white")
     except (OSError, SyntaxError, ValueError) as error:
         raise InputError(f"picture {file} cannot be read ({error})") from None
 

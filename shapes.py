@@ -10,9 +10,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
-from config import InputError
+from config import InputError, progress_bar
 
 # Few colours and shapes that are told apart at 32 pixels: in a batch, two pictures then often differ in a shape alone,
 # so that shapes have to be learned and not only colours.
@@ -132,7 +131,7 @@ def draw_sample(image_path, captions_path, train_images, validation_images=200, 
     rng = np.random.default_rng(seed)
     chosen = [scenes[i] for i in rng.permutation(len(scenes))[:total]]
     names = [f"shapes_{number:05d}.jpg" for number in range(total)]
-    for name, scene in zip(tqdm(names, "drawing the sample", unit="image"), chosen, strict=True):
+    for name, scene in zip(progress_bar(names, desc="drawing the sample", unit="image"), chosen, strict=True):
         draw_scene(scene, rng).save(image_path / name, quality=92)
     ends = np.cumsum(list(counts.values()))
     for split, end in zip(counts, ends, strict=True):

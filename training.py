@@ -6,7 +6,6 @@ import json
 import math
 import os
 import signal
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from calibration import calibration_of
 from clip import (
@@ -29,7 +27,7 @@ from clip import (
     update_average,
     world,
 )
-from config import InputError, write_json
+from config import InputError, progress_bar, write_json
 from dataset import (
     EvaluationImages,
     ImageStore,
@@ -277,14 +275,12 @@ class Trainer:
         self.sampler.epoch, self.sampler.start = self.epoch, self.batch
         started = saved = time.perf_counter()
         images = waited = 0
-        bar = tqdm(
+        bar = progress_bar(
             total=self.sampler.batches,
             initial=self.batch,
             desc=f"epoch {self.epoch + 1}/{self.config.epochs}",
             unit="step",
             disable=self.rank > 0,
-            mininterval=0.5 if sys.stderr.isatty() else 30,
-            dynamic_ncols=True,
         )
         batches = self.batches()
         with bar:

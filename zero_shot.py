@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from config import InputError
-from index import PICTURES, embed_captions, embed_images, scan_pictures
+from index import PICTURES, embed_captions, embed_readable, scan_pictures
 
 TEMPLATES = ("a photo of a {}", "a picture of a {}", "a {}", "{}")
 
@@ -24,10 +24,13 @@ def label_embeddings(model, labels, templates=TEMPLATES):
 
 
 def label_logits(models, image_files, labels, templates=TEMPLATES):
-    """(N, K) logits of pictures and labels, exp(t) times the cosine, averaged over the models."""
+    """(N, K) logits of pictures and labels, exp(t) times the cosine, averaged over the models.
+
+    Those of a picture that cannot be read are NaN.
+    """
     logits = []
     for model in models:
-        scores = embed_images(model, image_files) @ label_embeddings(model, labels, templates).T
+        scores = embed_readable(model, image_files) @ label_embeddings(model, labels, templates).T
         logits.append((model.logit_scale.exp() * scores).detach().cpu())
     return torch.stack(logits).mean(0)
 

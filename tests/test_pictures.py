@@ -23,6 +23,14 @@ def test_open_picture_is_upright_and_keeps_its_proportions(tmp_path):
     assert open_picture(tmp_path / "turned.jpg").size == (80, 320)
 
 
+@pytest.mark.parametrize("size", [(3000, 30), (30, 3000)])
+def test_strips_get_borders_that_their_frame_does_not_cover(tmp_path, size):
+    Image.new("RGB", size, "red").save(tmp_path / "strip.png")
+    shown = np.asarray(open_picture(tmp_path / "strip.png"))
+    assert sorted(shown.shape) == [3, 64, 320]
+    assert (shown == (255, 0, 0)).all(-1).sum() == 3 * 320 and (shown[0, 0] == 255).all()
+
+
 @pytest.mark.parametrize("size", [(900, 100), (100, 900), (300, 300)], ids=["wide", "tall", "square"])
 @pytest.mark.parametrize("number", [1, 4, 9])
 def test_grid_draws_every_picture_and_frames_the_matches(tmp_path, size, number):

@@ -105,6 +105,11 @@ def test_zero_shot_command(tmp_path, tiny_model, capsys, refused):
         right += max(cosines, key=cosines.get) == name.split("/")[0]
     assert found["accuracy"] == pytest.approx(100 * right / 3)
     assert found["labels"] == ["blue", "red"] and (tmp_path / "confusion.png").stat().st_size > 1000
+    draw_picture(tmp_path / "tree/red/damaged.jpg")
+    (tmp_path / "tree/red/damaged.jpg").write_bytes(b"no picture")
+    main([str(word) for word in [*words, "--json", "--template", "a {}"]])
+    output = capsys.readouterr()
+    assert json.loads(output.out) == found and "damaged.jpg cannot be read" in output.err
     assert "red" in refused(main, [*words, "--labels", "green,blue"])
     assert "two or more" in refused(main, [*words, "--labels", "green"])
     assert "zero_shot" in refused(main, ["--run", tmp_path / "run", "--zero_shot", tmp_path / "nothing"])
@@ -123,3 +128,5 @@ def test_labels_of_a_picture(tmp_path, tiny_model, capsys):
     assert [label for _, label in lines] == [label for _, label in expected]
     assert [float(p) for p, _ in lines] == pytest.approx([p for p, _ in expected], abs=1e-4)
     assert (tmp_path / "matches.png").exists()
+    main([*words[:-3], ",".join("abcdefghijklmnopqrstuvwxyz"), "--template", "{}"])
+    assert "(6 more did not fit on it)" in capsys.readouterr().err
