@@ -28,9 +28,14 @@ def label_logits(models, image_files, labels, templates=TEMPLATES):
 
     Those of a picture that cannot be read are NaN.
     """
+    return embedding_logits(models, [embed_readable(model, image_files) for model in models], labels, templates)
+
+
+def embedding_logits(models, images, labels, templates=TEMPLATES):
+    """As `label_logits`, from the pictures' unit vectors (N, D), one tensor for each model."""
     logits = []
-    for model in models:
-        scores = embed_readable(model, image_files) @ label_embeddings(model, labels, templates).T
+    for model, vectors in zip(models, images, strict=True):
+        scores = vectors @ label_embeddings(model, labels, templates).T
         logits.append((model.logit_scale.exp() * scores).detach().cpu())
     return torch.stack(logits).mean(0)
 

@@ -58,12 +58,13 @@ from gan import PictureStore, resize_pictures  # noqa: E402
 from generated import GeneratedPairs  # noqa: E402
 from index import embed_captions, embed_images  # noqa: E402
 from shapes import COLOURS, SHAPES, all_scenes, captions_of, draw_sample, draw_scene  # noqa: E402
-from zero_shot import label_logits  # noqa: E402
+from zero_shot import embedding_logits  # noqa: E402
 
 ARMS = ("real", "pairs", "shuffled", "blurred", "captions", "new_captions", "sentences", "joint")
 ENOUGH = 5  # seeds
 FIRST_SEED = 1000  # of the CLIP whose GAN is used: none of the arms' seeds
 NEW_CAPTIONS = 2000
+VALIDATION, TEST = 200, 400  # images drawn for each
 
 
 # ---- control arms -----------------------------------------------------------------------------------------------
@@ -111,7 +112,8 @@ def prepare_data(config, folder, share, held_out, data_seed):
         return {**changes, "image_path": str(folder / "Images")}
     if config.sample_images:
         paths = {"image_path": str(folder / "Images"), "captions_path": str(folder / "drawn" / "captions.txt")}
-        draw_sample(**paths, train_images=config.sample_images, seed=data_seed)
+        counts = {"train_images": config.sample_images, "validation_images": VALIDATION, "test_images": TEST}
+        draw_sample(**paths, **counts, seed=data_seed)
         config = dataclasses.replace(config, **paths)
         changes["image_path"] = paths["image_path"]
     if (folder / "captions.txt").exists():
@@ -138,7 +140,7 @@ def name_in(config, file):
 def draw_held_out(folder, images, held_out, share, seed):
     """Draw a data set whose training and validation images lack `held_out` combinations of colour and shape.
 
-    Half of the 400 test images show one. The combinations spread over colours and shapes: none is new by itself.
+    Half of the test images show one. The combinations spread over colours and shapes: none is new by itself.
     `scenes.txt` lists captions of other scenes with them, for the generator.
     """
     if (folder / "captions.txt").exists():
@@ -151,15 +153,17 @@ def draw_held_out(folder, images, held_out, share, seed):
     with_absent = [scene for scene in shuffled if {scene[1], scene[3]} & absent]
     without = [scene for scene in shuffled if not {scene[1], scene[3]} & absent]
     train = max(2, round(share * images))
-    if len(without) < train + 400 or len(with_absent) < 200:
+    half = TEST // 2
+    needed = train + VALIDATION + half
+    if len(without) < needed or len(with_absent) < half:
         raise InputError(
             f"held_out is {held_out}, which leaves {len(without)} scenes without those combinations, of which "
-            f"{train + 400} are needed: hold out fewer, or give a smaller --share"
+            f"{needed} are needed: hold out fewer, or give a smaller --share"
         )
     parts = {
         "train": without[:train],
-        "dev": without[train : train + 200],
-        "test": with_absent[:200] + without[train + 200 : train + 400],
+        "dev": without[train : train + VALIDATION],
+        "test": with_absent[:half] + without[train + VALIDATION : needed],
     }
     (folder / "Images").mkdir(parents=True, exist_ok=True)
     rows, named, number = [], {}, 0
@@ -171,9 +175,9 @@ def draw_held_out(folder, images, held_out, share, seed):
             rows += [(name, caption) for caption in captions_of(scene)]
             named[split].append(name)
     tested = {caption for scene in parts["test"] for caption in captions_of(scene)}
-    scenes = [*with_absent[200 : 200 + NEW_CAPTIONS // 5], *parts["train"]]
+    scenes = [*with_absent[half : half + NEW_CAPTIONS // 5], *parts["train"]]
     write_scenes(folder / "scenes.txt", [captions_of(scene) for scene in scenes], tested)
-    write_json(folder / "held_out.json", {"combinations": sorted(absent), "test_images": named["test"][:200]})
+    write_json(folder / "held_out.json", {"combinations": sorted(absent), "test_images": named["test"][:half]})
     write_data(folder, rows, named)
 
 
@@ -289,7 +293,8 @@ def test_figures(runs, config, folder):
     zero_shot_shapes.py). Of several runs the cosines and logits are averaged.
     """
     test, models = load_splits(config)["test"], [load_model(run) for run in runs]
-    scores = sum(embed_captions(m, test.captions) @ embed_images(m, test.files).T for m in models).cpu()
+    images = [embed_images(model, test.files) for model in models]
+    scores = sum(embed_captions(m, test.captions) @ vectors.T for m, vectors in zip(models, images, strict=True)).cpu()
     owner = torch.from_numpy(test.image_index)
     ranks = (scores >= scores.gather(1, owner[:, None])).sum(1)
     parts = {"": torch.ones(len(owner), dtype=torch.bool)}
@@ -303,7 +308,7 @@ def test_figures(runs, config, folder):
     truth = [read_scene(test.captions[first]) for first in test.first[:-1]]
     for place, (kind, names) in enumerate((("colours", COLOURS), ("shapes", SHAPES))):
         if all(scene[place] for scene in truth):
-            logits = label_logits(models, test.files, list(names))
+            logits = embedding_logits(models, images, list(names))
             figures[f"zero-shot {kind}"] = share_named(logits, [scene[place] for scene in truth], list(names))[0]
     return figures
 

@@ -128,8 +128,11 @@ def test_held_out_combinations_are_spread_evenly():
     assert all(sum(shape == s for _, shape in chosen) == 2 for s in SHAPES)
 
 
-def small_words(tmp_path):
-    """The command line of a drawn data set of 24 training images and a tiny GAN."""
+@pytest.fixture
+def small_words(tmp_path, monkeypatch):
+    """The command line of a drawn data set of 24 training, 20 validation and 40 test images and a tiny GAN."""
+    monkeypatch.setattr(gan_ablation, "VALIDATION", 20)
+    monkeypatch.setattr(gan_ablation, "TEST", 40)
     settings = {
         **tiny_settings(tmp_path),
         "image_path": "d/Images",
@@ -148,8 +151,8 @@ def small_words(tmp_path):
     return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
 
 
-def test_whole_benchmark_in_small(tmp_path, monkeypatch, capsys):
-    saved, words = {}, small_words(tmp_path)
+def test_whole_benchmark_in_small(tmp_path, monkeypatch, small_words):
+    saved, words = {}, small_words
     monkeypatch.setattr(gan_ablation, "report", lambda name, rows, **more: saved.update(rows=rows, **more))
     own = ["--held_out", "4", "--seeds", "1", "--folder", "out", "--arms", "shuffled", "blurred", "captions"]
     gan_ablation.main([*own, *words])
@@ -167,7 +170,7 @@ def test_whole_benchmark_in_small(tmp_path, monkeypatch, capsys):
 
     assert len(absent) == 4
     assert not any(map(shows, tested["train"] + tested["dev"]))
-    assert sum(map(shows, tested["test"])) == 200 * 5
+    assert sum(map(shows, tested["test"])) == 20 * 5
     listed = (folder / "data" / "scenes.txt").read_text(encoding="utf-8").splitlines()
     listed = [line.partition("\t")[2] for line in listed]
     assert 0.8 * gan_ablation.NEW_CAPTIONS < sum(map(shows, listed)) <= gan_ablation.NEW_CAPTIONS
@@ -180,8 +183,8 @@ def test_whole_benchmark_in_small(tmp_path, monkeypatch, capsys):
     assert (folder / "real-1" / "last.pt").stat().st_mtime_ns == before
 
 
-def test_benchmark_with_fewer_images_and_sentences_without_a_photograph(tmp_path, monkeypatch, refused):
-    saved, words = {}, small_words(tmp_path)
+def test_benchmark_with_fewer_images_and_sentences_without_a_photograph(tmp_path, monkeypatch, refused, small_words):
+    saved, words = {}, small_words
     monkeypatch.setattr(gan_ablation, "report", lambda name, rows, **more: saved.update(rows=rows, **more))
     own = ["--share", "0.5", "--seeds", "1", "2", "--folder", "out", "--arms", "pairs"]
     gan_ablation.main([*own, *words])
@@ -191,7 +194,7 @@ def test_benchmark_with_fewer_images_and_sentences_without_a_photograph(tmp_path
     config = build_config(gan_ablation.read_json(folder / "pairs-1" / "config.json"))
     assert config.epochs == 2 and config.gan_epochs == 2  # half of the images, twice as often
     pairs = load_splits(config)
-    assert [len(pairs[split].files) for split in ("train", "validation", "test")] == [12, 200, 400]
+    assert [len(pairs[split].files) for split in ("train", "validation", "test")] == [12, 20, 40]
     known = {caption for split in pairs.values() for caption in split.captions}
     for arm in ("sentences", "new_captions"):
         path = gan_ablation.settings_of(arm, config, folder, folder / "first")["gan_captions"]
