@@ -175,7 +175,6 @@ PRESETS = {
         "scheduler": "cosine",
         "warmup_steps": 100,
         "ema_decay": 0.99,
-        "precision": "bf16",
     },
     # Radford et al. 2021 (arXiv:2103.00020), section 2.5 and table 18, ResNet columns.
     "paper": {
