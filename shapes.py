@@ -6,6 +6,7 @@ what every picture shows, it can answer questions that photographs cannot (does 
 
 import csv
 import itertools
+import re
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,15 @@ def captions_of(scene):
         f"there is {an(a)} and {an(other_b)} on the {ground} .",
     ]
     return [caption[0].upper() + caption[1:] for caption in captions]
+
+
+def read_caption(caption):
+    """(ground, [(colour, shape), (colour, shape)]) that a caption of `captions_of` names; None for another caption."""
+    first_words = {word: shape for shape, second in SHAPES.items() for word in (shape, second)}
+    words = re.findall(r"\w+", caption.lower())
+    grounds = [word for word in words if word in GROUNDS]
+    objects = [(a, first_words[b]) for a, b in itertools.pairwise(words) if a in COLOURS and b in first_words]
+    return (grounds[0], objects) if len(grounds) == 1 and len(objects) == 2 else None
 
 
 def an(words):

@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
 from common import report  # noqa: E402
-from zero_shot_shapes import read_scene, share_named  # noqa: E402
+from zero_shot_shapes import labels_of, share_named  # noqa: E402
 
 import gan  # noqa: E402
 import training  # noqa: E402
@@ -305,11 +305,11 @@ def test_figures(runs, config, folder):
     figures = {
         f"R@{k}{part}": 100 * (ranks[mask] <= k).double().mean().item() for part, mask in parts.items() for k in (1, 5)
     }
-    truth = [read_scene(test.captions[first]) for first in test.first[:-1]]
-    for place, (kind, names) in enumerate((("colours", COLOURS), ("shapes", SHAPES))):
-        if all(scene[place] for scene in truth):
+    for kind, names in (("colour", COLOURS), ("shape", SHAPES)):
+        truth = [labels_of(test.captions[first], kind) for first in test.first[:-1]]
+        if all(truth):
             logits = embedding_logits(models, images, list(names))
-            figures[f"zero-shot {kind}"] = share_named(logits, [scene[place] for scene in truth], list(names))[0]
+            figures[f"zero-shot {kind}s"] = share_named(logits, truth, list(names))[0]
     return figures
 
 

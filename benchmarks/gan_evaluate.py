@@ -14,7 +14,6 @@ test image and reports, beside the same figures of the real test pictures at the
   among the two objects it is surest of. Unlike a CLIP, no generator was trained to please it.
 """
 
-import itertools
 import sys
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from config import InputError, OneLineParser, exit_on_input_error  # noqa: E402
 from dataset import load_splits, resize_image  # noqa: E402
 from gan import PictureStore, conditioning_run, generate, load_generator, resize_pictures  # noqa: E402
 from index import embed_captions  # noqa: E402
-from shapes import COLOURS, GROUNDS, SHAPES, all_scenes, draw_scene  # noqa: E402
+from shapes import COLOURS, GROUNDS, SHAPES, all_scenes, draw_scene, read_caption  # noqa: E402
 
 AMONG = 100
 BATCH = 100
@@ -82,13 +81,6 @@ def variety(features):
 # ---- colours of drawn pictures ----------------------------------------------------------------------------------
 
 
-def named_colours(caption):
-    """The ground and the two objects' colours that a caption of the drawn data set names; None for other captions."""
-    words = caption.lower().replace(".", " ").replace(",", " ").split()
-    grounds, colours = [word for word in words if word in GROUNDS], [word for word in words if word in COLOURS]
-    return (grounds[0], colours) if len(grounds) == 1 and len(colours) == 2 else None
-
-
 def seen_colours(picture):
     """The ground's name and the objects' colours, the most frequent first, of a (3, S, S) picture in [0, 1]."""
     pixels = (picture * 255).permute(1, 2, 0).cpu().numpy()  # (S, S, 3)
@@ -112,11 +104,12 @@ def colours_right(pictures, captions):
     """
     ground_hits, object_hits = [], []
     for picture, caption in zip(pictures, captions, strict=True):
-        named = named_colours(caption)
-        if named is not None:
+        scene = read_caption(caption)
+        if scene is not None:
             ground, seen = seen_colours(picture)
-            ground_hits.append(ground == named[0])
-            object_hits += [colour in seen[: len(set(named[1]))] for colour in named[1]]
+            colours = [colour for colour, _ in scene[1]]
+            ground_hits.append(ground == scene[0])
+            object_hits += [colour in seen[: len(set(colours))] for colour in colours]
     return (100 * np.mean(ground_hits), 100 * np.mean(object_hits)) if ground_hits else (None, None)
 
 
@@ -124,14 +117,6 @@ def colours_right(pictures, captions):
 
 LESSONS, ROUNDS = 5000, 5  # pictures that the recogniser is taught with, and how often it sees each
 OBJECTS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
-
-
-def named_objects(caption):
-    """The two (colour, shape) that a caption of the drawn data set names; None for other captions."""
-    first_words = {word: shape for shape, other in SHAPES.items() for word in (shape, other)}
-    words = caption.lower().replace(".", " ").replace(",", " ").split()
-    found = [(a, first_words[b]) for a, b in itertools.pairwise(words) if a in COLOURS and b in first_words]
-    return found if len(found) == 2 else None
 
 
 class Recogniser(torch.nn.Module):
@@ -182,7 +167,7 @@ def teach_recogniser(size, device, seed=0):
 
 def objects_right(recogniser, pictures, captions):
     """The share (%) of the objects that captions name which are among the recogniser's two; None without any."""
-    named = [(i, objects) for i, objects in enumerate(map(named_objects, captions)) if objects]
+    named = [(i, scene[1]) for i, scene in enumerate(map(read_caption, captions)) if scene]
     if not named:
         return None
     seen = in_batches(lambda x: recogniser(x).topk(2).indices, pictures).tolist()
@@ -221,7 +206,7 @@ def evaluate(run, judge_run, device, seed=0):
     several = stores["test"].embeddings[chosen[:50]].repeat_interleave(8, 0)
     varied = look(generate(generator, several, seed + 1))[1].view(-1, 8, texts.shape[1])
     from_real = nearest(real_embeddings, train_embeddings)
-    drawn = any(map(named_objects, captions))
+    drawn = any(map(read_caption, captions))
     recogniser = teach_recogniser(size, device) if drawn else None
     rows = []
     for name, pictures in (("generated", generated), ("real test pictures at that size", real)):

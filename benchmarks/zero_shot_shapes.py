@@ -21,12 +21,15 @@ from common import report
 SPLITS = ("validation", "test")
 
 
-def read_scene(caption):
-    """(colours, shapes, ground) that a drawn picture's first caption names."""
-    from shapes import COLOURS, GROUNDS, SHAPES
+def labels_of(caption, kind):
+    """The colours, the shapes or the ground that a drawn picture's caption names, a list; None for other captions."""
+    from shapes import read_caption
 
-    words = caption.lower().split()
-    return tuple([word for word in words if word in names] for names in (COLOURS, SHAPES, GROUNDS))
+    scene = read_caption(caption)
+    if scene is None:
+        return None
+    ground, objects = scene
+    return {"ground": [ground], "colour": [c for c, _ in objects], "shape": [s for _, s in objects]}[kind]
 
 
 def draw_anew(folder, config, kind, number=400):
@@ -69,11 +72,11 @@ def main():
     runs = [open_run(folder) for folder in sys.argv[1:] or ["runs/demo"]]
     models = [run.model for run in runs]
     rows = []
-    for place, (kind, names) in enumerate((("colour", COLOURS), ("shape", SHAPES), ("ground", GROUNDS))):
+    for kind, names in (("colour", COLOURS), ("shape", SHAPES), ("ground", GROUNDS)):
         labels = list(names)
         for split in SPLITS:
             pairs = load_splits(models[0].config)[split]
-            truth = [read_scene(pairs.captions[first])[place] for first in pairs.first[:-1]]
+            truth = [labels_of(pairs.captions[first], kind) for first in pairs.first[:-1]]
             logits = label_logits(models, pairs.files, labels)
             single = [i for i, values in enumerate(truth) if len(set(values)) == 1]
             found = evaluate_labels(logits[single], [truth[i][0] for i in single], labels)

@@ -94,17 +94,13 @@ def test_colours_of_drawn_pictures_are_read_right():
 # ---- held-out combinations and controls -------------------------------------------------------------------------
 
 
-def test_objects_of_captions_and_how_many_a_recogniser_finds():
-    scene = all_scenes()[-1]
-    for caption in captions_of(scene):
-        assert sorted(gan_evaluate.named_objects(caption)) == sorted([scene[1], scene[3]])
-    assert gan_evaluate.named_objects("Two dogs on a red square .") is None
-
+def test_how_many_objects_a_recogniser_finds():
     def sees(pictures):  # always the objects 0 and 1
         return torch.arange(len(gan_evaluate.OBJECTS), 0, -1).float().expand(len(pictures), -1)
 
     (one, two, three), pictures = gan_evaluate.OBJECTS[:3], torch.zeros(3, 3, 32, 32)
-    captions = [captions_of(("sand", one, "left of", two))[0], "A dog .", f"A {' '.join(three)} , a {' '.join(one)}"]
+    captions = [captions_of(("sand", a, "left of", b))[0] for a, b in ((one, two), (three, one))]
+    captions.insert(1, "A dog .")
     assert gan_evaluate.objects_right(sees, pictures, captions) == 75
     assert gan_evaluate.objects_right(sees, pictures, ["A dog ."] * 3) is None
 

@@ -9,7 +9,7 @@ from conftest import tiny_settings
 
 from config import Config, InputError
 from dataset import SPLIT_FILES, load_splits, read_captions
-from shapes import COLOURS, GROUNDS, SIDE, all_scenes, captions_of, draw_sample, draw_scene
+from shapes import COLOURS, GROUNDS, SIDE, all_scenes, captions_of, draw_sample, draw_scene, read_caption
 
 
 def captions_by_image(path):
@@ -35,6 +35,15 @@ def test_draw_sample_has_the_layout_of_flickr8k(sample, tmp_path):
     assert [np.diff(pairs.first).tolist() for pairs in splits.values()] == [[5] * 24, [5] * 8, [5] * 10]
     listed = sorted(file.name for file in Path(sample["captions_path"]).parent.glob("*Images.txt"))
     assert len(listed) == len(SPLIT_FILES)
+
+
+def test_captions_are_read_as_what_was_drawn():
+    for scene in all_scenes():
+        for caption in captions_of(scene):
+            ground, objects = read_caption(caption)
+            assert ground == scene[0] and sorted(objects) == sorted([scene[1], scene[3]])
+    for other in ("Two dogs on a red square .", "A red ring and a blue box .", "A dog on grass ."):
+        assert read_caption(other) is None
 
 
 def test_no_two_pictures_share_their_captions(sample):
