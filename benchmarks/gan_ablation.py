@@ -57,6 +57,7 @@ from dataset import load_splits, read_captions  # noqa: E402
 from gan import PictureStore, resize_pictures  # noqa: E402
 from generated import GeneratedPairs  # noqa: E402
 from index import embed_captions, embed_images  # noqa: E402
+from inference import own_split  # noqa: E402
 from shapes import COLOURS, SHAPES, all_scenes, captions_of, draw_sample, draw_scene  # noqa: E402
 from zero_shot import embedding_logits  # noqa: E402
 
@@ -289,10 +290,12 @@ def run_arm(arm, seed, config, folder, first):
 def test_figures(runs, config, folder):
     """Text-to-image R@1 and R@5 (%), on all test captions and on those of held-out and of seen combinations.
 
+    Without test images (the settings were then to be chosen elsewhere) the validation images stand in for them.
+
     On the drawn data set also how many of the test pictures' shapes and colours are named zero-shot (%; see
     zero_shot_shapes.py). Of several runs the cosines and logits are averaged.
     """
-    test, models = load_splits(config)["test"], [load_model(run) for run in runs]
+    test, models = own_split(config)[1], [load_model(run) for run in runs]
     images = [embed_images(model, test.files) for model in models]
     scores = sum(embed_captions(m, test.captions) @ vectors.T for m, vectors in zip(models, images, strict=True)).cpu()
     owner = torch.from_numpy(test.image_index)
