@@ -299,6 +299,14 @@ def conditioning_run(run):
     return Path(read_json(path).get("told_by", run)) if path.exists() else Path(run)
 
 
+def gan_settings(folder):
+    """The settings that the GAN in `folder` was started with, a dict; None for one that learned jointly."""
+    settings = read_json(Path(folder) / "config.json").get("settings")
+    if settings is not None and not isinstance(settings, dict):
+        raise InputError(f"{Path(folder) / 'config.json'} is damaged: its settings are {settings!r}")
+    return settings
+
+
 def load_generator(folder, device="cpu"):
     """The frozen generator saved in `folder` (a run's gan/); raises InputError."""
     folder = Path(folder)
@@ -452,7 +460,7 @@ def resolve_config(argv=None):
     if place.exists():
         if not given.get("resume"):
             raise InputError(f"{place.parent} already holds a GAN: give --resume to continue it, or remove that folder")
-        started = read_json(place).get("settings")
+        started = gan_settings(place.parent)
         if started is None:
             raise InputError(f"{place.parent} holds a GAN that learned jointly with CLIP: it is not continued alone")
         for name in set(SETTINGS) - {"gan_epochs"}:

@@ -31,12 +31,13 @@ import numpy as np
 import torch
 
 from clip import autocast, load_model, update_average
-from config import InputError, read_json
+from config import InputError
 from dataset import TokenStore, load_splits, names_one_of, pad_tokens, read_lines
 from gan import (
     GAN,
     PictureStore,
     conditioning_run,
+    gan_settings,
     load_checkpoint,
     load_generator,
     match_gradient,
@@ -78,7 +79,7 @@ class GeneratedPairs:
         if config.gan_captions:
             captions, groups = read_caption_list(config.gan_captions)
             image_ids = group_captions(captions, groups, pairs)
-        known = read_json(folder / "gan" / "config.json").get("settings", {}).get("gan_subset", "")
+        known = (gan_settings(folder / "gan") or {}).get("gan_subset", "")
         kept = [number for number, caption in enumerate(captions) if names_one_of(caption, known)]
         if len(kept) < 2:
             raise InputError(f"{len(kept)} captions name what the GAN of {folder} knows ({known}): give others")
@@ -214,7 +215,7 @@ class LearningPairs(GeneratedPairs):
         folder, architecture = gan_folder(config) / "gan", self.generator.architecture
         if not (folder / "last.pt").exists():
             raise InputError(f"{folder} holds no last.pt, from which a GAN could go on learning: give --gan pairs")
-        if read_json(folder / "config.json").get("settings", {}).get("gan_subset"):
+        if (gan_settings(folder) or {}).get("gan_subset"):
             raise InputError(f"{folder} learned from a subset of the pictures, CLIP does not: give --gan pairs")
         self.store = PictureStore(self.judge, pairs, config, architecture.size, device)
         self.gan = GAN(architecture, self.store.embeddings, config.gan_lr, device, dtype)

@@ -267,6 +267,9 @@ def test_command_refuses_what_it_cannot_do(gan_run, trained_run, tmp_path, refus
     (tmp_path / "gan" / "generator.safetensors").write_bytes(b"x")
     with pytest.raises(InputError, match="does not hold a generator"):
         gan.load_generator(tmp_path / "gan")
+    (tmp_path / "gan" / "config.json").write_text('{"settings": "mine"}')
+    with pytest.raises(InputError, match="config.json is damaged"):
+        gan.gan_settings(tmp_path / "gan")
 
 
 # ---- siblings and weights in the loss ---------------------------------------------------------------------------
