@@ -166,12 +166,13 @@ def restore_case(words, caption):
     return " ".join(new.capitalize() if old[:1].isupper() else new for new, old in zip(words, olds, strict=True))
 
 
-def augment_captions(pairs, propose, meaning, seed=0, number=None, changes=1):
-    """(image number, original, variant) rows: at most one variant of each caption, none of them a training caption.
+def augment_captions(pairs, propose, meaning, seed=0, number=None, changes=1, known=()):
+    """(image number, original, variant) rows: at most one variant of each caption, none of them a training caption or
+    one of the `known`.
 
     `number`: how many are wanted at most, from captions drawn at random; None: one of every caption that has one.
     """
-    rng, rows, known = np.random.default_rng(seed), [], set(map(str.lower, pairs.captions))
+    rng, rows, known = np.random.default_rng(seed), [], {caption.lower() for caption in [*pairs.captions, *known]}
     for caption in rng.permutation(len(pairs.captions)).tolist():
         if number is not None and len(rows) == number:
             break
@@ -203,13 +204,15 @@ def parse_arguments(argv):
 def main(argv=None):
     """Write the variants, and print a hundred of them for a person to judge."""
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-    if arguments.number < 1 or arguments.changes < 1:
-        raise InputError("number and changes must be at least 1")
+    if arguments.number < 1 or arguments.changes < 1 or arguments.seed < 0:
+        raise InputError("number and changes must be at least 1, seed at least 0")
     saved = read_json(Path(arguments.run) / "config.json")
-    pairs = load_splits(build_config(saved))["train"]
+    splits = load_splits(build_config(saved))
+    pairs, others = splits["train"], [*splits["validation"].captions, *splits["test"].captions]  # not to be learned
     neighbours = Neighbours(pairs.captions)
     propose = MaskedModel(arguments.model) if arguments.model else neighbours
-    rows = augment_captions(pairs, propose, arguments.meaning, arguments.seed, arguments.number, arguments.changes)
+    asked = (arguments.meaning, arguments.seed, arguments.number, arguments.changes)
+    rows = augment_captions(pairs, propose, *asked, known=others)
     accepted = read_again(rows, arguments.meaning, neighbours, pairs, arguments.run)
     print(f"the second reader accepts {sum(accepted)} of {len(rows)} variants")
     rows = [row for row, good in zip(rows, accepted, strict=True) if good]

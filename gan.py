@@ -285,9 +285,13 @@ def matched_share(clip, generator, embeddings):
     return 100 * (places <= 10).float().mean().item()
 
 
+def save_settings(gan, folder, **more):
+    write_json(folder / "config.json", {"architecture": dataclasses.asdict(gan.architecture), **more})
+
+
 def save_generator(gan, folder, **more):
     """Write generator.safetensors, the moving average, and config.json, with which it can be built again."""
-    write_json(folder / "config.json", {"architecture": dataclasses.asdict(gan.architecture), **more})
+    save_settings(gan, folder, **more)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in gan.average.state_dict().items()}
     save_file(state, folder / "generator.safetensors.tmp")
     (folder / "generator.safetensors.tmp").replace(folder / "generator.safetensors")
@@ -342,9 +346,7 @@ def train_gan(config):
     device, dtype = setup_device(config.device, config.precision)
     clip = load_model(config.run, device).requires_grad_(False)
     # Split as for the run's CLIP, whatever the GAN's own seed: its test pictures stay unseen.
-    splits = load_splits(dataclasses.replace(config, seed=clip.config.seed))
-    splits = {name: pairs_naming(splits[name], config.gan_subset) for name in ("train", "validation")}
-    check_batch_size(config, splits)
+    splits = learned_splits(config, clip.config.seed)
     count = len(splits["train"].files)
     store = PictureStore(clip, splits["train"], config, config.gan_size, device)
     validation = PictureStore(clip, splits["validation"], config, config.gan_size, device)
@@ -353,6 +355,11 @@ def train_gan(config):
     gan = GAN(architecture, store.embeddings, config.gan_lr, device, dtype)
     history = load_checkpoint(gan, folder)
     folder.mkdir(parents=True, exist_ok=True)
+    settings = {name: getattr(config, name) for name in SETTINGS}
+    if history and not (folder / "generator.safetensors").exists():
+        save_generator(gan, folder, settings=settings)
+    if not history:  # what was asked for is known to a resumed training, even if the first epoch was not finished
+        save_settings(gan, folder, settings=settings)
     steps = count // config.gan_batch_size
     bar = progress_bar(total=config.gan_epochs * steps, initial=len(history) * steps, desc="GAN", unit="step")
     with bar:
@@ -361,16 +368,20 @@ def train_gan(config):
             line = {"epoch": len(history) + 1, **train_epoch(gan, clip, store, config, steps, bar)}
             line["right_caption_in_first_10_of_100"] = matched_share(clip, gan.average, validation.sample_embeddings)
             history.append(line)
-            save_generator(gan, folder, settings={name: getattr(config, name) for name in SETTINGS})
+            save_generator(gan, folder, settings=settings)
             save_checkpoint(gan, folder, history)  # last: what it says is done has been written
             draw_samples(gan.average, splits["validation"], validation, folder / "samples.png")
     return folder
 
 
-def check_batch_size(config, splits):
+def learned_splits(config, seed):
+    """The `Pairs` that a GAN learns from and is watched on, by "train" and "validation"; raises InputError."""
+    splits = load_splits(dataclasses.replace(config, seed=seed))
+    splits = {name: pairs_naming(splits[name], config.gan_subset) for name in ("train", "validation")}
     count = len(splits["train"].files)
     if config.gan_batch_size > count:
         raise InputError(f"gan_batch_size is {config.gan_batch_size}, but there are {count} training images")
+    return splits
 
 
 def train_epoch(gan, clip, store, config, steps, bar):
@@ -411,6 +422,8 @@ def load_checkpoint(gan, folder):
     """Bring the GAN to where last.pt was written, if it is there; the metrics of the epochs done, a list."""
     path = folder / "last.pt"
     if not path.exists():
+        if (folder / "metrics.jsonl").exists():
+            raise InputError(f"{folder} lacks last.pt, without which its GAN cannot go on: remove that folder")
         return []
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -426,7 +439,10 @@ def draw_samples(generator, pairs, store, path, rows=4, columns=2, each=3):
     chosen = np.random.default_rng(0).permutation(len(pairs.captions))[: rows * columns]
     figure = Figure(figsize=(1.9 * columns * (each + 1), 2.25 * rows))
     figure.subplots_adjust(left=0.01, right=0.99, top=0.95, bottom=0.04, wspace=0.04, hspace=0.28)
-    for axis, caption in zip(figure.subplots(rows, columns).flat, chosen, strict=False):
+    axes = figure.subplots(rows, columns).ravel()
+    for axis in axes[len(chosen) :]:
+        axis.set_axis_off()
+    for axis, caption in zip(axes, chosen, strict=False):
         embeddings = store.embeddings[caption].expand(each, -1)
         generated = generate(generator, embeddings, seed=int(caption)).permute(0, 2, 3, 1).cpu().numpy()
         real = store.pictures[pairs.image_index[caption]].permute(1, 2, 0).cpu().numpy() / 255
@@ -464,9 +480,9 @@ def resolve_config(argv=None):
         if started is None:
             raise InputError(f"{place.parent} holds a GAN that learned jointly with CLIP: it is not continued alone")
         for name in set(SETTINGS) - {"gan_epochs"}:
-            if given.get(name, started[name]) != started[name]:
+            if given.get(name, started.get(name)) != started.get(name):
                 raise InputError(
-                    f"{name} is {given[name]}, but the GAN was started with {started[name]}: drop the flag"
+                    f"{name} is {given[name]}, but the GAN was started with {started.get(name)}: drop the flag"
                 )
         saved |= started
     return build_config({**saved, **given, "run": folder.as_posix()})

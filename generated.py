@@ -201,9 +201,10 @@ def read_caption_list(path):
 
 
 def group_captions(captions, groups, pairs):
-    """For each caption the number of the training image that has it, else a negative number, its group's, a list."""
+    """For each caption the number of its group: of the training image that has one of its captions, else negative."""
     known = dict(zip(pairs.captions, pairs.image_index.tolist(), strict=True))
     numbers = {group: -1 - number for number, group in enumerate(dict.fromkeys(groups))}
+    numbers |= {group: known[caption] for caption, group in zip(captions, groups, strict=True) if caption in known}
     return [known.get(caption, numbers[group]) for caption, group in zip(captions, groups, strict=True)]
 
 

@@ -88,19 +88,21 @@ def train_first(config):
 
     What a stopped run has already done is not done again.
     """
-    import dataset
     import gan
     import generated
+    import shapes
     import training
 
+    # What is wrong with the later stages is said now, before anything is written.
     if config.gan_captions:
-        generated.read_caption_list(config.gan_captions)  # what is wrong with it is said now, not at the third stage
+        generated.read_caption_list(config.gan_captions)
+    if config.sample_images:
+        shapes.draw_sample(config.image_path, config.captions_path, config.sample_images)
+    gan.learned_splits(config, config.seed)
     first = dataclasses.replace(config, run=f"{config.run}/first", gan="none")
     Path(first.run).mkdir(parents=True, exist_ok=True)
     write_json(Path(config.run) / "config.json", {**vars(config), "resume": False})  # so that it can be resumed
     print("\n==== 1 of 3: CLIP on the real pictures ====", flush=True)
-    if not config.sample_images or Path(config.captions_path).exists():
-        gan.check_batch_size(config, dataset.load_splits(config))  # now, not after the first stage
     if not (Path(first.run) / "results.json").exists():
         try:
             training.train(first)

@@ -79,6 +79,13 @@ def test_variants_depend_on_the_seed_alone(pairs):
     assert len(first) == 10
 
 
+def test_captions_of_test_pictures_are_no_variants(pairs):
+    propose = Neighbours(pairs.captions)
+    unseen = {variant for _, _, variant in augment_captions(pairs, propose, "new")}
+    again = {variant for _, _, variant in augment_captions(pairs, propose, "new", known=list(unseen)[:10])}
+    assert again and not again & set(list(unseen)[:10])
+
+
 @pytest.mark.parametrize("word", ["the", "red", "left", "two", "no", "x9", ".", "##ing", "man"])
 def test_filters_hold_whatever_is_proposed(word):
     rng, siblings = np.random.default_rng(0), [f"a big {word} is there ."]

@@ -17,6 +17,7 @@ from clip import contrastive_backward, contrastive_loss, load_model
 from config import Config, InputError, read_json
 from dataset import load_splits, pairs_naming
 from gan_networks import GENERATORS, NOISE, Architecture, CaptionInput, Discriminator, ModulatedConv
+from generated import group_captions
 from training import Trainer
 
 TINY = {"gan_size": 32, "gan_width": 4, "gan_epochs": 2, "gan_batch_size": 8, "gan_lr": 1e-3}
@@ -228,6 +229,30 @@ def test_a_training_that_is_resumed_goes_on_as_if_it_had_not_stopped(gan_run, tr
     whole, resumed = load_file(there / "generator.safetensors"), load_file(here / "generator.safetensors")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert len((here / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 2
+
+
+def test_a_training_stopped_in_its_first_epoch_goes_on_as_it_was_asked_for(trained_run, tmp_path, monkeypatch):
+    shutil.copytree(trained_run, tmp_path / "run")
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(gan, "train_epoch", stop)
+        gan.main(["--run", "run", *words({**TINY, "gan_generator": "style"})])
+    gan.main(["--run", "run", "--resume"])
+    assert gan.load_generator("run/gan").architecture.generator == "style"
+
+
+def test_lost_files_of_a_gan_are_written_again_or_missed(gan_run, tmp_path, refused):
+    shutil.copytree(gan_run, tmp_path / "run")
+    before = (tmp_path / "run/gan/generator.safetensors").read_bytes()
+    (tmp_path / "run/gan/generator.safetensors").unlink()
+    gan.main(["--run", "run", "--resume"])
+    assert (tmp_path / "run/gan/generator.safetensors").read_bytes() == before
+    (tmp_path / "run/gan/last.pt").unlink()
+    assert "lacks last.pt" in refused(gan.main, ["--run", "run", "--resume"])
+    assert (tmp_path / "run/gan/generator.safetensors").read_bytes() == before
 
 
 def test_generated_pictures_are_those_of_the_saved_average(gan_run):
@@ -472,6 +497,23 @@ def test_chain_trains_clip_gan_and_clip_and_does_nothing_twice(tiny_config, tmp_
 def test_several_processes_do_not_train_one_gan(tiny_config, monkeypatch, refused):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "a GAN learns in one" in refused(main.main, flags(tiny_config(gan="pairs", **TINY)))
+
+
+def test_a_group_with_a_caption_of_a_photograph_belongs_to_it(tiny_config):
+    pairs = load_splits(tiny_config())["train"]
+    own = pairs.captions[pairs.first[3]]
+    captions, groups = ["Something new", own, "The same in other words", "Else"], ["b", "a", "a", "b"]
+    found = group_captions(captions, groups, pairs)
+    assert found[1] == found[2] and own in pairs.captions[pairs.first[found[1]] : pairs.first[found[1] + 1]]
+    assert found[0] == found[3] < 0
+
+
+@pytest.mark.parametrize("change", [{"gan_batch_size": 500}, {"gan_subset": "zebra"}, {"image_path": "nowhere"}])
+def test_what_is_wrong_with_the_gan_is_said_before_anything_is_written(tiny_config, tmp_path, refused, change):
+    config = tiny_config(gan="pairs", run="run", **{**TINY, **change})
+    (value,) = change.values()
+    assert str(value) in refused(main.main, flags(config))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_missing_list_of_captions_is_refused_before_anything_is_trained(tiny_config, tmp_path, refused):
