@@ -583,6 +583,38 @@ def test_joint_terms_reach_the_parameters_they_are_meant_for(with_gan):
     assert reached() == {"generator"}
 
 
+def test_a_joint_step_changes_the_players_alone_and_asks_the_slow_copy(with_gan, monkeypatch):
+    trainer = Trainer(with_gan(gan="joint", gan_ratio=1.0, gan_gate=100))
+    model, joint = trainer.model, trainer.generated
+    player, step = joint.gan, joint.gan.discriminator_step
+    networks = {
+        "clip": model,
+        "judge": joint.judge,
+        "generator": player.generator,
+        "discriminator": player.discriminator,
+    }
+    before = {name: copy.deepcopy(network.state_dict()) for name, network in networks.items()}
+
+    def detached(real, embeddings, wrong, fake):
+        assert not fake.requires_grad
+        return step(real, embeddings, wrong, fake)
+
+    def asked(*_):
+        raise AssertionError("the learning CLIP was asked what matches")
+
+    monkeypatch.setattr(player, "discriminator_step", detached)
+    for name in ("encode_image", "encode_text", "image_features"):
+        monkeypatch.setattr(model, name, asked)
+    joint.learn(model, first_batch(trainer)["image_ids"], 3, 0.5)
+    changed = {
+        name
+        for name, network in networks.items()
+        if any(not torch.equal(tensor, before[name][key]) for key, tensor in network.state_dict().items())
+    }
+    assert changed == {"generator", "discriminator"}
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 def test_match_gradient_leads_to_pictures_that_match_better(with_gan):
     joint = Trainer(with_gan(gan="joint")).generated
     texts = joint.encode(torch.arange(0, 8))
