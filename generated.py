@@ -70,6 +70,11 @@ class GeneratedPairs:
 
     def __init__(self, config, pairs, model, device, dtype):
         self.config, self.device, self.dtype = config, device, dtype
+        if config.gan_ratio and round(config.gan_ratio * config.batch_size) < 2:
+            raise InputError(
+                f"gan_ratio is {config.gan_ratio:g}, which of a batch of {config.batch_size} is fewer than two "
+                "pictures: give a larger gan_ratio or batch_size, or --gan none"
+            )
         folder = gan_folder(config)
         self.told_by = conditioning_run(folder)
         self.judge = load_model(self.told_by, device).requires_grad_(False)
@@ -104,6 +109,7 @@ class GeneratedPairs:
         if len(chosen) < 2:
             return []
         parts = -(-len(chosen) // (config.micro_batch_size or config.batch_size))
+        parts = min(parts, len(chosen) // 2)  # a single picture would be none: see `make`
         made = [self.make(part.to(self.device), random) for part in chosen.tensor_split(max(1, parts))]
         return [batch for batch in made if batch is not None]
 
@@ -192,7 +198,10 @@ def read_caption_list(path):
     if not Path(path).is_file():
         raise InputError(f"gan_captions is {path}, which is not a file: give a text file with one caption a line")
     found = {}
-    for line in read_lines(Path(path)):
+    lines = read_lines(Path(path))
+    if lines and lines[0].strip().lower() in ("image,caption", "image\tcaption"):
+        raise InputError(f"gan_captions is {path}, which names images, too: give a text file with one caption a line")
+    for line in lines:
         group, tab, caption = line.partition("\t")
         found.setdefault(caption.strip() if tab else line, group if tab else line)
     if len(found) < 2:

@@ -17,7 +17,7 @@ from clip import contrastive_backward, contrastive_loss, load_model
 from config import Config, InputError, read_json
 from dataset import load_splits, pairs_naming
 from gan_networks import GENERATORS, NOISE, Architecture, CaptionInput, Discriminator, ModulatedConv
-from generated import group_captions
+from generated import group_captions, read_caption_list
 from training import Trainer
 
 TINY = {"gan_size": 32, "gan_width": 4, "gan_epochs": 2, "gan_batch_size": 8, "gan_lr": 1e-3}
@@ -497,6 +497,17 @@ def test_chain_trains_clip_gan_and_clip_and_does_nothing_twice(tiny_config, tmp_
 def test_several_processes_do_not_train_one_gan(tiny_config, monkeypatch, refused):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "a GAN learns in one" in refused(main.main, flags(tiny_config(gan="pairs", **TINY)))
+
+
+def test_a_captions_file_is_no_list_of_captions(tmp_path):
+    (tmp_path / "list.txt").write_text("image,caption\na.jpg,A dog\nb.jpg,A cat\n")
+    with pytest.raises(InputError, match="names images, too"):
+        read_caption_list(tmp_path / "list.txt")
+
+
+def test_a_ratio_too_small_for_the_batch_is_refused(with_gan):
+    with pytest.raises(InputError, match="gan_ratio is 0.2"):
+        Trainer(with_gan(gan_ratio=0.2, batch_size=4))
 
 
 def test_a_group_with_a_caption_of_a_photograph_belongs_to_it(tiny_config):
