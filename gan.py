@@ -315,7 +315,8 @@ def load_generator(folder, device="cpu"):
     """The frozen generator saved in `folder` (a run's gan/); raises InputError."""
     folder = Path(folder)
     if not (folder / "generator.safetensors").exists():
-        raise InputError(f"{folder} holds no generator: train one with python gan.py --run {folder.parent.as_posix()}")
+        command = f"python gan.py --run {folder.parent.as_posix()}"
+        raise InputError(f"{folder} holds no generator: train one with {command} (--resume if one was begun)")
     content = read_json(folder / "config.json")
     try:
         generator = Architecture(**content["architecture"]).build_generator()
