@@ -453,7 +453,7 @@ def draw_samples(generator, pairs, store, path, rows=4, columns=2, each=3):
         axis.imshow(np.hstack([real, *(part for picture in generated for part in (gap, picture))]))
         centres = [number * (side + gap.shape[1]) + side / 2 for number in range(each + 1)]
         axis.set_xticks(centres, ["real", *["generated"] * each], fontsize=8)
-        axis.set_title(textwrap.shorten(pairs.captions[caption], 80), fontsize=11)
+        axis.set_title(textwrap.shorten(pairs.captions[caption], 80), fontsize=11, parse_math=False)
         axis.set(yticks=[], frame_on=False)
         axis.tick_params(length=0)
     figure.savefig(path, dpi=80)

@@ -255,6 +255,15 @@ def test_lost_files_of_a_gan_are_written_again_or_missed(gan_run, tmp_path, refu
     assert (tmp_path / "run/gan/generator.safetensors").read_bytes() == before
 
 
+def test_samples_of_few_captions_and_of_dollars_are_drawn(gan_run, tiny_config, tmp_path):
+    clip, generator = load_model(gan_run), gan.load_generator(gan_run / "gan")
+    pairs = load_splits(tiny_config())["validation"]
+    store = gan.PictureStore(clip, pairs, clip.config, 32, torch.device("cpu"))
+    pairs.captions[:] = [f"costs $5 and x__y$ {caption}" for caption in pairs.captions]
+    gan.draw_samples(generator, pairs, store, tmp_path / "samples.png", rows=20, columns=3)
+    assert (tmp_path / "samples.png").stat().st_size > 10_000
+
+
 def test_generated_pictures_are_those_of_the_saved_average(gan_run):
     checkpoint = torch.load(gan_run / "gan" / "last.pt", weights_only=True)["gan"]
     generator = gan.load_generator(gan_run / "gan")
