@@ -16,6 +16,7 @@ import textwrap
 import time
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -206,6 +207,23 @@ class GAN:
         self.step = state["step"]
 
 
+class Batch(NamedTuple):
+    """What both players learn from in a step: B pictures, each with a caption and K wrong ones, given by their numbers.
+
+    The captions' embeddings lie `share` of the way from the first caption of each picture to the second.
+    """
+
+    real: torch.Tensor  # (B, 3, S, S) in [-1, 1]
+    captions: torch.Tensor  # (B,)
+    others: torch.Tensor  # (B,)
+    share: torch.Tensor  # (B, 1)
+    wrong: torch.Tensor  # (B, K)
+
+    def blend(self, encode):
+        """(B, D) unit vectors of the captions; `encode` gives those of the captions with the numbers it is given."""
+        return F.normalize(torch.lerp(encode(self.captions), encode(self.others), self.share), dim=1)
+
+
 class PictureStore:
     """The pictures of a split at the GAN's size and the embeddings of their captions, all on the device."""
 
@@ -227,8 +245,7 @@ class PictureStore:
         return self.embeddings[self.first[:-1][:100]]
 
     def batch(self, images):
-        """Of B image numbers the pictures (B, 3, S, S) in [-1, 1] and the embeddings (B, D) of one caption each, then
-        the numbers (B,) of these captions and (B, K) of wrong ones.
+        """The `Batch` of B images, given by their numbers.
 
         Half of the pictures are mirrored, unless the caption says left or right. Half of the embeddings lie between
         two captions of the picture: the generator has to know the space between the training captions, too.
@@ -240,8 +257,11 @@ class PictureStore:
         real = self.pictures[images].float() / 127.5 - 1
         real = torch.where(mirrored[:, None, None, None], real.flip(3), real)
         share = torch.rand(len(images), 1, device=images.device) * blended
-        between = torch.lerp(self.embeddings[chosen], self.embeddings[other], share)
-        return real, F.normalize(between, dim=1), chosen, self.wrong_captions(images, chosen)
+        return Batch(real, chosen, other, share, self.wrong_captions(images, chosen))
+
+    def embed(self, captions):
+        """The embeddings of the captions with these numbers, in one more dimension."""
+        return self.embeddings[captions]
 
     def wrong_captions(self, images, chosen):
         """(B, K) the numbers of captions of other pictures: of some drawn at random, the most like each of the chosen.
@@ -391,10 +411,10 @@ def train_epoch(gan, clip, store, config, steps, bar):
     started, sums = time.perf_counter(), {}
     order = torch.randperm(len(store.pictures), device=gan.device)
     for images in order[: steps * batch_size].split(batch_size):
-        real, embeddings, _, wrong = store.batch(images)
-        wrong = store.embeddings[wrong]
+        batch = store.batch(images)
+        embeddings = batch.blend(store.embed)
         match = partial(match_gradient, clip, embeddings, config.gan_match, gan.dtype) if config.gan_match else None
-        measured = gan.train_step(real, embeddings, wrong, match)
+        measured = gan.train_step(batch.real, embeddings, store.embed(batch.wrong), match)
         sums = {name: sums.get(name, 0) + value for name, value in measured.items()}
         if bar.update():  # drawn about twice a second; only then does the host wait for the device
             check_finite(measured, gan.step)

@@ -65,7 +65,8 @@ class GeneratedPairs:
 
     A caption without a photograph is its own group; one of the training captions belongs to its photograph's, so that
     the two, and other pictures for the same captions, never count as each other's negatives. The trained CLIP of the
-    GAN's run is the judge: a picture stays if its caption is in the first `gan_gate` of it and the 99 most like it.
+    GAN's run is the judge: a picture stays if its caption is in the first `gan_gate` of it and the 99 most like it
+    among these and the training captions.
     """
 
     def __init__(self, config, pairs, model, device, dtype):
@@ -91,6 +92,11 @@ class GeneratedPairs:
         captions, image_ids = [captions[number] for number in kept], [image_ids[number] for number in kept]
         self.image_ids = torch.as_tensor(image_ids, device=device)  # (T,)
         self.embeddings = embed_captions(self.judge, captions, description="embedding captions")  # (T, D)
+        self.rivals, self.rival_ids = self.embeddings, self.image_ids  # (R, D), (R,): what the judge chooses from
+        if config.gan_captions:  # too few by themselves, perhaps, or all unlike each other
+            self.rivals = torch.cat([self.rivals, embed_captions(self.judge, pairs.captions)])
+            of_pairs = torch.from_numpy(pairs.image_index).to(device)
+            self.rival_ids = torch.cat([self.rival_ids, of_pairs])
         self.tokens, self.pad_id = TokenStore(model.tokenizer, captions, model.max_length), model.tokenizer.pad_token_id
         self.counts = torch.zeros(2, dtype=torch.int64, device=device)  # pictures made and kept, this epoch
 
@@ -152,10 +158,10 @@ class GeneratedPairs:
         """
         with autocast(self.device, self.dtype):
             images = self.judge.encode_image(pictures)
-        likeness = self.embeddings[chosen] @ self.embeddings.T  # (S, T)
-        likeness.masked_fill_(self.image_ids[chosen][:, None] == self.image_ids, -2)
+        likeness = self.embeddings[chosen] @ self.rivals.T  # (S, R)
+        likeness.masked_fill_(self.image_ids[chosen][:, None] == self.rival_ids, -2)
         likeness, others = likeness.topk(min(JUDGED_AMONG - 1, likeness.shape[1]))  # (S, 99)
-        scores = torch.einsum("sd,sod->so", images, self.embeddings[others])
+        scores = torch.einsum("sd,sod->so", images, self.rivals[others])
         own = (images * self.embeddings[chosen]).sum(1, keepdim=True)
         return ((scores >= own) & (likeness > -2)).sum(1) < self.config.gan_gate
 
@@ -244,9 +250,9 @@ class LearningPairs(GeneratedPairs):
         if not self.is_active(progress):
             return
         images = image_ids.to(self.device)[: self.config.gan_batch_size]
-        real, embeddings, captions, wrong = self.store.batch(images)
-        match = partial(match_gradient, self.copy, self.encode(captions), self.config.gan_match, self.dtype)
-        self.gan.train_step(real, embeddings, self.store.embeddings[wrong], match)
+        batch, embed = self.store.batch(images), self.store.embed
+        match = partial(match_gradient, self.copy, batch.blend(self.encode), self.config.gan_match, self.dtype)
+        self.gan.train_step(batch.real, batch.blend(embed), embed(batch.wrong), match)
 
     @torch.no_grad()
     def encode(self, captions):

@@ -18,6 +18,7 @@ from config import Config, InputError, read_json
 from dataset import load_splits, pairs_naming
 from gan_networks import GENERATORS, NOISE, Architecture, CaptionInput, Discriminator, ModulatedConv
 from generated import group_captions, read_caption_list
+from index import embed_captions
 from training import Trainer
 
 TINY = {"gan_size": 32, "gan_width": 4, "gan_epochs": 2, "gan_batch_size": 8, "gan_lr": 1e-3}
@@ -416,6 +417,24 @@ def test_gate_keeps_what_the_judge_ranks_high_and_counts_the_rest(with_gan, gan_
     assert pairs.end_epoch(None) == {"generated": 0, "dropped_by_gate": 0}
 
 
+def test_gate_of_a_short_list_asks_the_training_captions_too(with_gan, tmp_path, gan_run):
+    train = load_splits(with_gan())["train"]
+    new = ["A red circle is left of a blue square on snow .", "A box on grass .", train.captions[7]]
+    (tmp_path / "list.txt").write_text("\n".join(new) + "\n", encoding="utf-8")
+    pairs = Trainer(with_gan(gan_captions=str(tmp_path / "list.txt"), gan_gate=30)).generated
+    judge, chosen = load_model(gan_run), torch.arange(3)
+    pictures = pairs.paint(chosen, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        images = judge.encode_image(pictures)
+    own, rivals = embed_captions(judge, new), embed_captions(judge, [*new, *train.captions])
+    owner, expected = [-1, -2, train.image_index[7], *train.image_index.tolist()], []
+    for i, image in enumerate(images):
+        others = sorted((j for j in range(123) if owner[j] != owner[i]), key=lambda j: -float(rivals[j] @ own[i]))[:99]
+        expected.append(sum(float(image @ rivals[j]) >= float(image @ own[i]) for j in others) < 30)
+    assert pairs.passes(pictures, chosen).tolist() == expected
+    assert not all(expected)  # among the list's three alone, all would have been in the first 30
+
+
 def test_a_list_of_captions_takes_the_place_of_the_training_captions(with_gan, tmp_path):
     train = load_splits(with_gan())["train"]
     new = ["A red circle is left of a blue square on snow .", train.captions[7]]
@@ -551,6 +570,20 @@ def test_a_run_without_a_gan_is_refused(tiny_config, trained_run, tmp_path, refu
 # ---- joint ------------------------------------------------------------------------------------------------------
 
 
+def test_a_batch_is_told_the_same_blend_of_captions_by_every_encoder(with_gan):
+    joint = Trainer(with_gan(gan="joint")).generated
+    batch = joint.store.batch(torch.arange(12))
+    for encode in (joint.store.embed, joint.encode):
+        for i, vector in enumerate(batch.blend(encode)):
+            a, b = encode(batch.captions[i : i + 1])[0], encode(batch.others[i : i + 1])[0]
+            between = a + batch.share[i] * (b - a)
+            torch.testing.assert_close(vector, between / between.norm())
+    assert 0 < (batch.share == 0).sum() < 12  # half of them are no blends
+    owner = joint.store.image_index
+    assert owner[batch.captions].tolist() == owner[batch.others].tolist() == list(range(12))
+    assert (owner[batch.wrong] != torch.arange(12)[:, None]).all()
+
+
 def test_joint_terms_reach_the_parameters_they_are_meant_for(with_gan):
     trainer = Trainer(with_gan(gan="joint", gan_ratio=1.0, gan_gate=100))
     model, joint = trainer.model.train(), trainer.generated
@@ -584,11 +617,12 @@ def test_joint_terms_reach_the_parameters_they_are_meant_for(with_gan):
     assert temperature_reached()
     assert reached() == {"clip"}
 
-    real, embeddings, captions, wrong = joint.store.batch(batch["image_ids"])
+    learned = joint.store.batch(batch["image_ids"])
+    real, embeddings, wrong = learned.real, learned.blend(joint.store.embed), joint.store.embed(learned.wrong)
     fake = player.generator(torch.randn(8, NOISE), embeddings)
     # BCE and R1 of the discriminator
     player.step = 0
-    player.discriminator_step(real, embeddings, joint.store.embeddings[wrong], fake.detach())
+    player.discriminator_step(real, embeddings, wrong, fake.detach())
     assert reached() == {"discriminator"}
     # BCE of the generator, alone
     player.generator_step(fake, embeddings)
@@ -596,7 +630,7 @@ def test_joint_terms_reach_the_parameters_they_are_meant_for(with_gan):
     # CLIP's match, alone: a gradient at the pictures, mu times as long as the discriminator's
     fake = player.generator(torch.randn(8, NOISE), embeddings)
     gradient = torch.randn_like(fake)
-    pull = gan.match_gradient(joint.copy, joint.encode(captions), 0.3, None, fake, gradient)
+    pull = gan.match_gradient(joint.copy, learned.blend(joint.encode), 0.3, None, fake, gradient)
     assert reached() == set()
     assert pull.norm().item() == pytest.approx(0.3 * gradient.norm().item(), rel=1e-4)
     fake.backward(pull)
