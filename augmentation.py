@@ -196,6 +196,8 @@ def parse_arguments(argv):
     parser.add_argument("--number", type=int, default=1000, help="how many variants at most (default: 1000)")
     parser.add_argument("--changes", type=int, default=1, help="words changed in each (default: 1)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--image_path", help="where the run's pictures are now, if they were moved")
+    parser.add_argument("--captions_path", help="and its captions")
     parser.add_argument("--output", help="file to write (default: captions_kept.csv or captions_new.txt)")
     return parser.parse_args(argv)
 
@@ -207,7 +209,8 @@ def main(argv=None):
     if arguments.number < 1 or arguments.changes < 1 or arguments.seed < 0:
         raise InputError("number and changes must be at least 1, seed at least 0")
     saved = read_json(Path(arguments.run) / "config.json")
-    splits = load_splits(build_config(saved))
+    moved = {name: getattr(arguments, name) for name in ("image_path", "captions_path") if getattr(arguments, name)}
+    splits = load_splits(build_config({**saved, **moved}))
     pairs, others = splits["train"], [*splits["validation"].captions, *splits["test"].captions]  # not to be learned
     neighbours = Neighbours(pairs.captions)
     propose = MaskedModel(arguments.model) if arguments.model else neighbours

@@ -304,12 +304,12 @@ def parse_config(argv=None):
     return build_config(parse_flags(argv))
 
 
-def parse_flags(argv=None):
-    """The settings a command line gives, presets first, as a dict; `--help` prints all and exits."""
+def parse_flags(argv=None, prog="main.py", description="Train CLIP on captioned photographs.", shown=None):
+    """The settings a command line gives, presets first, as a dict; `--help` prints those `shown` (all) and exits."""
     fields = dataclasses.fields(Config)
     parser = OneLineParser(
-        prog="main.py",
-        description="Train CLIP on captioned photographs.",
+        prog=prog,
+        description=description,
         formatter_class=argparse.RawTextHelpFormatter,
         allow_abbrev=False,
     )
@@ -317,6 +317,8 @@ def parse_flags(argv=None):
     for field in fields:
         bare = {"nargs": "?", "const": "true"} if kind_of(field) is bool else {}
         help_text = f"{field.metadata['meaning']} (default: {field.default!r})".replace("%", "%%")
+        if shown is not None and field.name not in shown:
+            help_text = argparse.SUPPRESS
         parser.add_argument(f"--{field.name}", metavar=kind_of(field).__name__, help=help_text, **bare)
     given = vars(parser.parse_args(sys.argv[1:] if argv is None else argv))
     values = dict(PRESETS.get(given.pop("preset"), {}))

@@ -197,11 +197,17 @@ def pairs_naming(pairs, words):
     kept = [i for i, captions in enumerate(of_image) if any(names_one_of(caption, words) for caption in captions)]
     if len(kept) < 2:
         raise InputError(f"gan_subset is {words!r}, which the captions of {len(kept)} images name: give other words")
-    counts = np.array([len(of_image[i]) for i in kept], dtype=np.int64)
+    return pairs_of(pairs, kept)
+
+
+def pairs_of(pairs, images):
+    """The `Pairs` of the images with these numbers alone."""
+    of_image = [pairs.captions[pairs.first[i] : pairs.first[i + 1]] for i in images]
+    counts = np.array([len(captions) for captions in of_image], dtype=np.int64)
     return Pairs(
-        files=[pairs.files[i] for i in kept],
-        captions=[caption for i in kept for caption in of_image[i]],
-        image_index=np.repeat(np.arange(len(kept)), counts),
+        files=[pairs.files[i] for i in images],
+        captions=[caption for captions in of_image for caption in captions],
+        image_index=np.repeat(np.arange(len(images)), counts),
         first=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
     )
 

@@ -12,6 +12,8 @@ Shapes: B images, Z width of the noise, D width of CLIP's shared space, C channe
 import copy
 import dataclasses
 import json
+import os
+import signal
 import textwrap
 import time
 from functools import partial
@@ -298,10 +300,13 @@ def resize_pictures(pictures, size):
 
 
 @torch.no_grad()
-def matched_share(clip, generator, embeddings):
-    """How many of 100 pictures have their own caption in the first ten of all 100, per cent, as `clip` sees it."""
+def matched_share(clip, generator, embeddings, rivals):
+    """How many pictures for (N, D) captions have their own in the first ten, per cent, as `clip` sees it.
+
+    Each is ranked among the (R, D) `rivals`, of which the first N are the captions themselves.
+    """
     images = clip.encode_image(generate(generator, embeddings, seed=0, size=clip.config.size))
-    places = ((images @ embeddings.T) >= (images * embeddings).sum(1, keepdim=True)).sum(1)
+    places = ((images @ rivals.T) >= (images * embeddings).sum(1, keepdim=True)).sum(1)
     return 100 * (places <= 10).float().mean().item()
 
 
@@ -320,7 +325,13 @@ def save_generator(gan, folder, **more):
 def conditioning_run(run):
     """The run whose CLIP tells the generator of `run` its captions: itself, unless the two learned jointly."""
     path = Path(run) / "gan" / "config.json"
-    return Path(read_json(path).get("told_by", run)) if path.exists() else Path(run)
+    told_by = read_json(path).get("told_by") if path.exists() else None
+    if told_by is None:
+        return Path(run)
+    found = Path(os.path.normpath(Path(run) / told_by))
+    if not found.exists():
+        raise InputError(f"the GAN of {run} was told its captions by the run {found}, which is gone: put it back there")
+    return found
 
 
 def gan_settings(folder):
@@ -360,6 +371,18 @@ PLACES = ("run", "resume", "image_path", "captions_path", "cache_path", "cache_i
 def train_gan(config):
     """Train the GAN of the run `config.run`, from wherever the run's folder gan/ says it is; its folder.
 
+    Ctrl-C and SIGTERM stop it (KeyboardInterrupt); the last whole epoch has been saved.
+    """
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return train_epochs(config)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def train_epochs(config):
+    """The epochs that are left, each saved when it is done; the GAN's folder.
+
     An epoch shows each picture once. What is random depends on the seed and the epoch alone, so a training that is
     resumed goes on as if it had never stopped.
     """
@@ -381,18 +404,30 @@ def train_gan(config):
         save_generator(gan, folder, settings=settings)
     if not history:  # what was asked for is known to a resumed training, even if the first epoch was not finished
         save_settings(gan, folder, settings=settings)
+    sample = validation.sample_embeddings  # and, if they are fewer than a hundred captions, some of the training's
+    rivals = torch.cat([sample, store.sample_embeddings])[:100]
     steps = count // config.gan_batch_size
     bar = progress_bar(total=config.gan_epochs * steps, initial=len(history) * steps, desc="GAN", unit="step")
     with bar:
         while len(history) < config.gan_epochs:
             torch.manual_seed(int(np.random.SeedSequence((config.seed, len(history))).generate_state(1)[0]))
             line = {"epoch": len(history) + 1, **train_epoch(gan, clip, store, config, steps, bar)}
-            line["right_caption_in_first_10_of_100"] = matched_share(clip, gan.average, validation.sample_embeddings)
+            line["right_caption_in_first_10_of_100"] = matched_share(clip, gan.average, sample, rivals)
             history.append(line)
             save_generator(gan, folder, settings=settings)
             save_checkpoint(gan, folder, history)  # last: what it says is done has been written
             draw_samples(gan.average, splits["validation"], validation, folder / "samples.png")
+            bar.write(describe(line, config.gan_epochs))
     return folder
+
+
+def describe(line, epochs):
+    """A line about an epoch, for people."""
+    return (
+        f"GAN, epoch {line['epoch']}/{epochs}: real above generated {100 * line['real_above_fake']:.0f}%, "
+        f"right caption above wrong {100 * line['real_above_mismatched']:.0f}%, "
+        f"own caption in CLIP's first 10 of 100: {line['right_caption_in_first_10_of_100']:.0f}%"
+    )
 
 
 def learned_splits(config, seed):
@@ -484,10 +519,11 @@ def draw_samples(generator, pairs, store, path, rows=4, columns=2, each=3):
 
 def resolve_config(argv=None):
     """The settings of a GAN: those of its run, changed by the flags; with --resume those it was started with."""
-    given = parse_flags(argv)
+    known = {*SETTINGS, *PLACES, "precision"}
+    given = parse_flags(argv, "gan.py", "Train a GAN for a trained run of CLIP (--run).", known)
     if not given.get("run"):
         raise InputError("name the trained run: python gan.py --run runs/x")
-    foreign = sorted(given.keys() - {*SETTINGS, *PLACES, "precision"})
+    foreign = sorted(given.keys() - known)
     if foreign:
         raise InputError(f"{foreign[0]} is no setting of the GAN, which has {', '.join(SETTINGS)}")
     folder = Path(given["run"])

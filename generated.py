@@ -24,6 +24,7 @@ times as long as that of the first.
 """
 
 import copy
+import os
 from functools import partial
 from pathlib import Path
 
@@ -54,6 +55,14 @@ COPY_DECAY = 0.99  # of the slow copy of CLIP, per step
 def gan_folder(config):
     """The run whose GAN is used: the one named, or the one that this run trains before itself."""
     return Path(config.gan_run or Path(config.run) / "first")
+
+
+def relative_path(path, folder):
+    """The way from `folder` to `path`: it stays right when the two are moved together."""
+    try:
+        return Path(os.path.relpath(path, folder)).as_posix()
+    except ValueError:  # on another drive (Windows)
+        return Path(path).absolute().as_posix()
 
 
 def step_seed(*numbers):
@@ -188,6 +197,10 @@ def check_split(config, pairs):
     except InputError:
         return  # its data are no longer there to be compared
     foreign = sorted(set(learned) - set(pairs.names))
+    if len(foreign) == len(learned):
+        raise InputError(
+            f"gan_run learned from other pictures ({foreign[0]}, say) than are trained on here: give its data"
+        )
     if foreign:
         raise InputError(
             f"gan_run learned from {foreign[0]} and {len(foreign) - 1} more pictures that are not training pictures "
@@ -263,7 +276,7 @@ class LearningPairs(GeneratedPairs):
 
     def end_epoch(self, folder):
         (folder / "gan").mkdir(exist_ok=True)
-        save_generator(self.gan, folder / "gan", told_by=self.told_by.as_posix())
+        save_generator(self.gan, folder / "gan", told_by=relative_path(self.told_by, folder))
         return super().end_epoch(folder)
 
     def state_dict(self):

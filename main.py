@@ -7,6 +7,7 @@ import this file again and stay light.
 import dataclasses
 import datetime
 import os
+import sys
 from pathlib import Path
 
 from config import InputError, build_config, exit_on_input_error, format_config, parse_flags, read_json, write_json
@@ -25,6 +26,8 @@ MAY_CHANGE = {
     "epochs",
     "save_every_minutes",
 }
+# What cannot be changed any more when a finished GAN is used (`--gan_run`).
+MADE_WITH = ("gan_generator", "gan_subset", "gan_size", "gan_width", "gan_epochs")
 
 
 def resolve_config(argv=None):
@@ -33,12 +36,29 @@ def resolve_config(argv=None):
     if given.get("resume"):
         return resumed_config(given)
     config = build_config(given)
+    if config.gan != "none" and config.gan_run:
+        config = with_settings_of_gan(config, sys.argv[1:] if argv is None else argv)
     folder = Path(config.run or f"runs/{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}")
     if folder.exists() and not folder.is_dir():
         raise InputError(f"run is {folder}, which is not a folder: give another --run")
     if (folder / "config.json").exists():
         raise InputError(f"{folder} already holds a run: give --resume to continue it, or another --run")
     return dataclasses.replace(config, run=folder.as_posix())
+
+
+def with_settings_of_gan(config, words):
+    """The settings with those of the GAN that is there already; raises InputError if a flag asks for another."""
+    path = Path(config.gan_run) / "gan" / "config.json"
+    settings = (read_json(path).get("settings") or {}) if path.exists() else {}
+    settings = {name: settings[name] for name in MADE_WITH if name in settings}
+    flags = {word.split("=")[0].removeprefix("--") for word in words}
+    for name, value in settings.items():
+        if name in flags and getattr(config, name) != value:
+            raise InputError(
+                f"{name} is {getattr(config, name)}, but the GAN of {config.gan_run} was made with {value}: "
+                "drop the flag, or --gan_run"
+            )
+    return dataclasses.replace(config, **settings)
 
 
 def resumed_config(given):
@@ -69,9 +89,22 @@ def main(argv=None):
         print(format_config(config), flush=True)
     if config.gan != "none":
         check_processes(config)
-    if config.gan != "none" and not config.gan_run:
+    chain = config.gan != "none" and not config.gan_run
+    if chain:
         train_first(config)
-    training.train(config)
+    results = training.train(config)
+    if chain:
+        print(compare(read_json(Path(config.run) / "first" / "results.json"), results), flush=True)
+
+
+def compare(first, second):
+    """The results without and with generated pictures side by side, as text."""
+    names = ("text_to_image_R@1", "text_to_image_R@5", "image_to_text_R@1", "rsum")
+    rows = [("", "real pictures only", "and generated ones")]
+    rows += [(name.replace("_", " "), *(f"{results[name]:.1f}" for results in (first, second))) for name in names]
+    lines = [f"{name:<20}{a:>20}{b:>20}" for name, a, b in rows]
+    note = "(one run each: whether they help is asked by benchmarks/gan_ablation.py, over several seeds)"
+    return "\n" + "\n".join([*lines, note])
 
 
 def check_processes(config):

@@ -111,8 +111,10 @@ def spread(values, digits=2):
 # ---- results ----------------------------------------------------------------------------------------------------
 
 
-def report(name, rows, **more):
-    """Print the rows (dicts with the same keys) as a Markdown table and write them, with `more`, to results/."""
+def report(name, rows, details=None, **more):
+    """Print the rows (dicts with the same keys) as a Markdown table and write them to results/, with `more` and, not
+    printed, the dict `details`.
+    """
     columns = list(rows[0])
     print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for row in rows:
@@ -125,6 +127,7 @@ def report(name, rows, **more):
         "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}},
         "rows": rows,
         **more,
+        **(details or {}),
     }
     folder = ROOT / "benchmarks" / "results"
     folder.mkdir(exist_ok=True)

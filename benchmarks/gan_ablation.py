@@ -25,6 +25,7 @@ pictures and holds out other combinations. Fewer than five seeds give no conclus
 `--folder`; a stopped benchmark goes on where it was. Other flags are main.py's (default: --preset demo).
 """
 
+import argparse
 import csv
 import dataclasses
 import math
@@ -51,7 +52,7 @@ from config import (  # noqa: E402
     exit_on_input_error,
     parse_flags,
     read_json,
-    write_json,  # noqa: E402
+    write_json,
 )
 from dataset import load_splits, read_captions  # noqa: E402
 from gan import PictureStore, resize_pictures  # noqa: E402
@@ -251,11 +252,10 @@ def augmented(config, folder, first, meaning):
     pairs = load_splits(config)["train"]
     neighbours = Neighbours(pairs.captions)
     number = NEW_CAPTIONS if meaning == "new" else None
-    rows = augment_captions(pairs, neighbours, meaning, number=number)
+    frame = read_captions(config.captions_path)  # a caption of a test picture is not to be learned from
+    rows = augment_captions(pairs, neighbours, meaning, number=number, known=frame["caption"])
     accepted = read_again(rows, meaning, neighbours, pairs, first)
-    frame = read_captions(config.captions_path)
-    known = set(map(str.lower, frame["caption"]))  # a caption of a test picture is not to be learned from
-    rows = [row for row, good in zip(rows, accepted, strict=True) if good and row[2].lower() not in known]
+    rows = [row for row, good in zip(rows, accepted, strict=True) if good]
     path.parent.mkdir(exist_ok=True)
     if meaning == "new":
         write_variants(path, rows, pairs, meaning)
@@ -285,6 +285,17 @@ def run_arm(arm, seed, config, folder, first):
         trainer.fit()
         write_json(place / "test.json", test_figures([place], config, folder))
     return read_json(place / "test.json")
+
+
+def run_arms(arms, seeds, config, folder):
+    """The figures of all arms and seeds, {arm: {seed: {figure: value}}}."""
+    first, results = train_first(config, folder), {}
+    for arm in arms:
+        results[arm] = {}
+        for seed in seeds:
+            print(f"\n==== {arm}, seed {seed} ====", flush=True)
+            results[arm][seed] = run_arm(arm, seed, config, folder, first)
+    return results
 
 
 def test_figures(runs, config, folder):
@@ -393,43 +404,49 @@ def check_settings(folder, config):
 @exit_on_input_error
 def main(argv=None):
     parser = OneLineParser(
-        prog="gan_ablation.py", description="What generated pictures are worth.", add_help=False, allow_abbrev=False
+        prog="gan_ablation.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(1, ENOUGH + 1)))
-    parser.add_argument("--share", type=float, default=1.0)
-    parser.add_argument("--held_out", type=int, default=0)
-    parser.add_argument("--data_seed", type=int, default=0)
-    parser.add_argument("--folder", default="runs/ablation")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, help="default: all that are possible; `real` always")
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(1, ENOUGH + 1)), help="default: 1 2 3 4 5")
+    parser.add_argument("--share", type=float, default=1.0, help="of the training images (default: 1)")
+    parser.add_argument("--held_out", type=int, default=0, help="combinations of colour and shape (default: 0)")
+    parser.add_argument("--data_seed", type=int, default=0, help="of what is drawn, left out, held out (default: 0)")
+    parser.add_argument("--folder", default="runs/ablation", help="where the runs are kept (default: runs/ablation)")
     own, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     given = parse_flags(rest)
     config = build_config(given if "image_path" in given else {**parse_flags(["--preset", "demo"]), **given})
     if not 0 < own.share <= 1 or (own.held_out and not config.sample_images):
         raise InputError("share must lie between 0 and 1, and combinations are held out of the drawn data set only")
     own.seeds = list(dict.fromkeys(own.seeds))
+    if min(*own.seeds, own.data_seed, own.held_out) < 0:
+        raise InputError("seeds, data_seed and held_out must be at least 0")
     if FIRST_SEED in own.seeds:
         raise InputError(f"seed {FIRST_SEED} is that of the CLIP whose GAN is used: give others")
     folder = Path(own.folder) / f"share-{own.share:g}-held-out-{own.held_out}-data-{own.data_seed}"
-    data = prepare_data(config, folder / "data", own.share, own.held_out, own.data_seed)
     # Sentences that no photograph has can be written for drawn scenes alone; held out, `pairs` already has them.
     possible = [arm for arm in ARMS if arm != "sentences" or (config.sample_images and not own.held_out)]
+    if "sentences" in (own.arms or ()) and "sentences" not in possible:
+        raise InputError("the arm sentences needs the drawn data set with nothing held out: leave it or --held_out out")
+    data = prepare_data(config, folder / "data", own.share, own.held_out, own.data_seed)
     check_settings(folder, config)
     config = dataclasses.replace(config, **data)
-    first = train_first(config, folder)
-    results = {}
-    for arm in dict.fromkeys(["real", *(arm for arm in own.arms if arm in possible)]):
-        results[arm] = {}
-        for seed in own.seeds:
-            print(f"\n==== {arm}, seed {seed} ====", flush=True)
-            results[arm][seed] = run_arm(arm, seed, config, folder, first)
+    try:
+        results = run_arms(dict.fromkeys(["real", *(own.arms or possible)]), own.seeds, config, folder)
+    except (KeyboardInterrupt, SystemExit):  # a training that is stopped exits by itself
+        print("\nstopped; the same command goes on here", flush=True)
+        raise SystemExit(130) from None
     more = {}
-    if "pairs" in results and len(own.seeds) > 1:
+    if "pairs" in results and len(own.seeds) >= ENOUGH:
         more["ensembles"] = ensembles(config, folder, own.seeds)
     rows = table(results, own.seeds)
     note = "paired differences to real with 95% intervals; *: the interval excludes zero"
     if len(own.seeds) < ENOUGH:
         note = f"{len(own.seeds)} seeds: no conclusion is drawn from fewer than {ENOUGH}"
-    report(f"gan_ablation-{folder.name}", rows, note=note, seeds=own.seeds, settings=rest, **more)
+    details = {"runs": results}
+    report(f"gan_ablation-{folder.name}", rows, details, note=note, seeds=own.seeds, settings=rest, **more)
 
 
 if __name__ == "__main__":

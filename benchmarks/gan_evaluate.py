@@ -14,6 +14,7 @@ test image and reports, beside the same figures of the real test pictures at the
   among the two objects it is surest of. Unlike a CLIP, no generator was trained to please it.
 """
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -27,12 +28,13 @@ from tqdm import tqdm  # noqa: E402
 
 from clip import load_model, setup_device  # noqa: E402
 from config import InputError, OneLineParser, exit_on_input_error  # noqa: E402
-from dataset import load_splits, resize_image  # noqa: E402
+from dataset import load_splits, pairs_of, resize_image  # noqa: E402
 from gan import PictureStore, conditioning_run, generate, load_generator, resize_pictures  # noqa: E402
 from index import embed_captions  # noqa: E402
 from shapes import COLOURS, GROUNDS, SHAPES, all_scenes, draw_scene, read_caption  # noqa: E402
 
 AMONG = 100
+PLACES = ("image_path", "captions_path")  # settings
 BATCH = 100
 
 
@@ -177,22 +179,27 @@ def objects_right(recogniser, pictures, captions):
 # ---- the table --------------------------------------------------------------------------------------------------
 
 
-def evaluate(run, judge_run, device, seed=0):
-    """The rows of the table: the generator's pictures and the real test pictures at its size."""
+def evaluate(run, judge_run, device, seed=0, places=None):
+    """The rows of the table, the generator's pictures and the real test pictures at its size, and their number.
+
+    places: settings that say where the data are now (image_path, captions_path).
+    """
     clip, judge = load_model(conditioning_run(run), device), load_model(judge_run, device)
     if clip.config.seed == judge.config.seed:
         raise InputError(f"run and judge were both trained with seed {clip.config.seed}: a judge needs another")
     generator, rng = load_generator(Path(run) / "gan", device), np.random.default_rng(seed)
-    size, splits = generator.architecture.size, load_splits(clip.config)
-    test = splits["test"]
-    if len(test.files) < 2:
-        raise InputError("the run's data set has no test images to take unseen captions from")
-    if set(load_splits(judge.config)["train"].names) & set(test.names):
-        raise InputError("the judge learned from the run's test pictures: give one with the same split")
+    config, judge_config = (dataclasses.replace(model.config, **(places or {})) for model in (clip, judge))
+    size, splits = generator.architecture.size, load_splits(config)
+    # Without official split files the judge's seed splits otherwise: only what neither has learned from is asked.
+    learned = set(load_splits(judge_config)["train"].names)
+    test = pairs_of(splits["test"], [i for i, name in enumerate(splits["test"].names) if name not in learned])
+    if len(test.files) < AMONG:
+        raise InputError(f"{len(test.files)} test pictures are unseen by run and judge: at least {AMONG} are needed")
     known = set(splits["train"].captions)
     chosen = np.array([unseen_caption(test, image, known, rng) for image in range(len(test.files))])
     captions = [test.captions[j] for j in chosen]
-    stores = {split: PictureStore(clip, splits[split], clip.config, size, device) for split in ("train", "test")}
+    chosen_from = {"train": splits["train"], "test": test}
+    stores = {split: PictureStore(clip, pairs, config, size, device) for split, pairs in chosen_from.items()}
     generated = generate(generator, stores["test"].embeddings[chosen], seed)
     real = stores["test"].pictures.float() / 255
 
@@ -230,7 +237,7 @@ def evaluate(run, judge_run, device, seed=0):
                 "objects right (%)": round(objects_right(recogniser, pictures, captions), 1) if drawn else "",
             }
         )
-    return rows
+    return rows, len(captions)
 
 
 def unseen_caption(pairs, image, known, rng):
@@ -244,12 +251,15 @@ def main(argv=None):
     parser = OneLineParser(prog="gan_evaluate.py", description="How good a GAN's pictures are.")
     parser.add_argument("--run", required=True, help="the run whose gan/ is looked at")
     parser.add_argument("--judge", required=True, help="a run of another seed on the same data")
+    parser.add_argument("--image_path", help="where the pictures are now, if they were moved")
+    parser.add_argument("--captions_path", help="and the captions")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     arguments = parser.parse_args(argv)
     device, _ = setup_device(arguments.device)
     with torch.no_grad():
-        rows = evaluate(arguments.run, arguments.judge, device)
-    report("gan_evaluate", rows, run=arguments.run, judge=arguments.judge)
+        places = {name: value for name in PLACES if (value := getattr(arguments, name))}
+        rows, pictures = evaluate(arguments.run, arguments.judge, device, places=places)
+    report("gan_evaluate", rows, pictures=pictures, run=arguments.run, judge=arguments.judge)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,10 @@
 import copy
 import dataclasses
 import math
+import re
 import shutil
+import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -245,6 +248,33 @@ def test_a_training_stopped_in_its_first_epoch_goes_on_as_it_was_asked_for(train
     assert gan.load_generator("run/gan").architecture.generator == "style"
 
 
+def test_a_gan_that_is_told_to_end_keeps_its_last_whole_epoch(trained_run, tmp_path, monkeypatch, capsys):
+    shutil.copytree(trained_run, tmp_path / "run")
+    train_epoch, handler = gan.train_epoch, signal.getsignal(signal.SIGTERM)
+
+    def terminated(*arguments):
+        if (tmp_path / "run/gan/last.pt").exists():
+            signal.raise_signal(signal.SIGTERM)
+        return train_epoch(*arguments)
+
+    monkeypatch.setattr(gan, "train_epoch", terminated)
+    with pytest.raises(SystemExit) as exit:
+        gan.main(["--run", "run", *words(TINY)])
+    assert exit.value.code == 130
+    assert "python gan.py --resume --run run" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) == handler
+    assert len((tmp_path / "run/gan/metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 1
+
+
+def test_help_shows_the_settings_of_a_gan_alone(capsys):
+    with pytest.raises(SystemExit):
+        gan.main(["--help"])
+    printed = capsys.readouterr().out
+    assert "usage: gan.py" in printed
+    assert "--gan_width" in printed and "--run" in printed
+    assert "--micro_batch_size" not in printed and "--gan_ratio" not in printed
+
+
 def test_lost_files_of_a_gan_are_written_again_or_missed(gan_run, tmp_path, refused):
     shutil.copytree(gan_run, tmp_path / "run")
     before = (tmp_path / "run/gan/generator.safetensors").read_bytes()
@@ -288,7 +318,18 @@ def test_matched_share_counts_captions_in_the_first_ten():
     embeddings = torch.eye(30)
     generator = Architecture("affine", 32, 4, 30).build_generator()
     # A wrong one has its own caption among 29 that are equally far.
-    assert gan.matched_share(Sees(), generator, embeddings) == pytest.approx(100 * 20 / 30)
+    assert gan.matched_share(Sees(), generator, embeddings, embeddings) == pytest.approx(100 * 20 / 30)
+    # Nine rivals and the own caption: whatever is seen is in the first ten.
+    three = dataclasses.replace(Config(), size=32)
+
+    class Blind:
+        config = three
+
+        def encode_image(self, pictures):
+            return torch.zeros(3, 30)
+
+    assert gan.matched_share(Blind(), generator, embeddings[:3], embeddings[:10]) == 100
+    assert gan.matched_share(Blind(), generator, embeddings[:3], embeddings[:11]) == 0
 
 
 def test_command_refuses_what_it_cannot_do(gan_run, trained_run, tmp_path, refused):
@@ -510,7 +551,11 @@ def test_chain_trains_clip_gan_and_clip_and_does_nothing_twice(tiny_config, tmp_
     config = tiny_config(gan="pairs", gan_start=0.0, gan_end=1.0, gan_gate=100, **TINY)
     main.main(flags(config))
     run = tmp_path / "run"
-    assert "3 of 3" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "3 of 3" in printed
+    assert "GAN, epoch 2/2: real above generated" in printed
+    results = [read_json(folder / "results.json")["rsum"] for folder in (run / "first", run)]
+    assert re.search(rf"rsum +{results[0]:.1f} +{results[1]:.1f}\n", printed)
     line = (run / "metrics.jsonl").read_text(encoding="utf-8")
     assert '"generated": 30,' in line  # a quarter of the 24 images in 5 rounds
     assert '"dropped_by_gate": 0' in line
@@ -559,6 +604,22 @@ def test_a_missing_list_of_captions_is_refused_before_anything_is_trained(tiny_c
     config = tiny_config(gan="pairs", gan_captions="nowhere.txt", **TINY)
     assert "gan_captions is nowhere.txt" in refused(main.main, flags(config))
     assert not (tmp_path / "run").exists()
+
+
+def test_settings_of_a_finished_gan_are_its_own(with_gan, tmp_path, refused, gan_run):
+    asked = flags(dataclasses.replace(with_gan(), gan_width=64, gan_epochs=300))  # the file's own values: no flags
+    config = main.resolve_config(asked)
+    assert (config.gan_width, config.gan_epochs) == (4, 2)
+    assert "gan_size is 64, but the GAN of" in refused(main.main, [*asked, "--gan_size", "64"])
+    assert main.resolve_config([*asked, "--gan_size=32"]).gan_size == 32
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_gan_of_other_pictures_is_refused(with_gan, data_set):
+    names = [f"{n}.jpg" for n in range(12)]
+    other = data_set({name: ["A dog .", "A cat ."] for name in names}, train=names[:8], dev=names[8:])
+    with pytest.raises(InputError, match="learned from other pictures"):
+        Trainer(with_gan(**other))
 
 
 def test_a_run_without_a_gan_is_refused(tiny_config, trained_run, tmp_path, refused):
@@ -698,5 +759,16 @@ def test_joint_run_learns_all_three_and_resumes_exactly(with_gan, tmp_path, gan_
         changed = [name for name, value in started[part].items() if not value.equal(a["generated"]["gan"][part][name])]
         assert len(changed) > len(started[part]) / 2
     assert all(torch.equal(value, b["model"][name]) for name, value in a["model"].items())
+    # The two runs moved together know each other still; without the other, it is missed.
+    shutil.copytree(gan_run, tmp_path / "moved" / "first")
+    shutil.copytree(tmp_path / "whole", tmp_path / "moved" / "joint")
+    told_by = read_json(tmp_path / "whole/gan/config.json")["told_by"]
+    assert (tmp_path / "whole" / told_by).resolve() == gan_run.resolve()
+    path = tmp_path / "moved/joint/gan/config.json"
+    path.write_text(path.read_text(encoding="utf-8").replace(told_by, "../first"), encoding="utf-8")
+    assert gan.conditioning_run("moved/joint") == Path("moved/first")
+    shutil.rmtree(tmp_path / "moved" / "first")
+    with pytest.raises(InputError, match=r"told its captions by the run moved.first, which is gone"):
+        gan.conditioning_run("moved/joint")
     saved = load_file(tmp_path / "whole" / "gan" / "generator.safetensors")
     assert all(torch.equal(value, a["generated"]["gan"]["average"][name]) for name, value in saved.items())

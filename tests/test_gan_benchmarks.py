@@ -13,11 +13,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import gan_ablation  # noqa: E402
 import gan_evaluate  # noqa: E402
-from conftest import tiny_settings  # noqa: E402
+from conftest import flags, tiny_settings  # noqa: E402
 
+import gan  # noqa: E402
+import main  # noqa: E402
 from config import build_config  # noqa: E402
 from dataset import load_splits  # noqa: E402
-from shapes import COLOURS, SHAPES, all_scenes, captions_of, draw_scene  # noqa: E402
+from shapes import COLOURS, SHAPES, all_scenes, captions_of, draw_sample, draw_scene  # noqa: E402
 
 # ---- statistics -------------------------------------------------------------------------------------------------
 
@@ -147,13 +149,18 @@ def small_words(tmp_path, monkeypatch):
     return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
 
 
+def keep_in(saved):
+    return lambda name, rows, details, **more: saved.update(rows=rows, **details, **more)
+
+
 def test_whole_benchmark_in_small(tmp_path, monkeypatch, small_words):
     saved, words = {}, small_words
-    monkeypatch.setattr(gan_ablation, "report", lambda name, rows, **more: saved.update(rows=rows, **more))
+    monkeypatch.setattr(gan_ablation, "report", keep_in(saved))
     own = ["--held_out", "4", "--seeds", "1", "--folder", "out", "--arms", "shuffled", "blurred", "captions"]
     gan_ablation.main([*own, *words])
     assert [row["arm"] for row in saved["rows"]] == ["real", "shuffled", "blurred", "captions"]
-    assert "no conclusion" in saved["note"]
+    assert "no conclusion" in saved["note"] and "ensembles" not in saved
+    assert saved["runs"]["shuffled"][1].keys() == saved["runs"]["real"][1].keys() >= {"R@1", "R@1 held-out"}
     folder = tmp_path / "out" / "share-1-held-out-4-data-0"
     absent = [tuple(pair) for pair in gan_ablation.read_json(folder / "data" / "held_out.json")["combinations"]]
     words_for = {shape: {shape, second} for shape, second in SHAPES.items()}
@@ -181,7 +188,8 @@ def test_whole_benchmark_in_small(tmp_path, monkeypatch, small_words):
 
 def test_benchmark_with_fewer_images_and_sentences_without_a_photograph(tmp_path, monkeypatch, refused, small_words):
     saved, words = {}, small_words
-    monkeypatch.setattr(gan_ablation, "report", lambda name, rows, **more: saved.update(rows=rows, **more))
+    monkeypatch.setattr(gan_ablation, "report", keep_in(saved))
+    monkeypatch.setattr(gan_ablation, "ENOUGH", 2)
     own = ["--share", "0.5", "--seeds", "1", "2", "--folder", "out", "--arms", "pairs"]
     gan_ablation.main([*own, *words])
     assert [row["arm"] for row in saved["rows"]] == ["real", "pairs"]
@@ -197,14 +205,69 @@ def test_benchmark_with_fewer_images_and_sentences_without_a_photograph(tmp_path
         lines = Path(path).read_text(encoding="utf-8").splitlines()
         captions = {line.rpartition("\t")[2] for line in lines}
         assert captions and not captions & known
+    monkeypatch.setattr(gan_ablation, "run_arm", stop)
+    with pytest.raises(SystemExit) as exit:
+        gan_ablation.main([*own, *words])
+    assert exit.value.code == 130
     # Other settings are not mixed with what is there.
     assert "gan_ratio is 0.5, but" in refused(gan_ablation.main, [*own, *words, "--gan_ratio", "0.5"])
+
+
+def stop(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("own", "line"),
+    [
+        (["--arms", "sentences", "--held_out", "4"], "the arm sentences needs"),
+        (["--seeds", "-1"], "must be at least 0"),
+        (["--data_seed", "-1"], "must be at least 0"),
+        (["--share", "0"], "share must lie"),
+    ],
+)
+def test_ablation_refuses_what_it_cannot_do(tmp_path, small_words, refused, own, line):
+    assert line in refused(gan_ablation.main, [*own, "--folder", "out", *small_words])
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_of_the_ablation_is_its_own(capsys):
+    with pytest.raises(SystemExit):
+        gan_ablation.main(["--help"])
+    printed = capsys.readouterr().out
+    assert "usage: gan_ablation.py" in printed
+    assert "--held_out" in printed and "negative control" in printed
+
+
+def test_evaluation_asks_for_pictures_that_neither_run_nor_judge_has_learned_from(
+    tmp_path, monkeypatch, tiny_config, refused
+):
+    shapes = {"image_path": str(tmp_path / "drawn/Images"), "captions_path": str(tmp_path / "drawn/captions.txt")}
+    draw_sample(**shapes, train_images=80, validation_images=10, test_images=10)
+    for path in (tmp_path / "drawn").glob("*Images.txt"):
+        path.unlink()  # each seed now splits otherwise
+    for run, seed in (("first", 1), ("judge", 3)):
+        main.main(flags(tiny_config(**{**shapes, "epochs": 1, "run": run, "seed": seed})))
+    gan.main(["--run", "first", "--gan_size", "32", "--gan_width", "4", "--gan_epochs", "1", "--gan_batch_size", "8"])
+    configs = [build_config(gan_ablation.read_json(Path(run) / "config.json")) for run in ("first", "judge")]
+    unseen = set(load_splits(configs[0])["test"].names) - set(load_splits(configs[1])["train"].names)
+    assert 2 <= len(unseen) < 10
+    words = ["--run", "first", "--judge", "judge"]
+    (tmp_path / "drawn").rename(tmp_path / "moved")
+    words += ["--image_path", "moved/Images", "--captions_path", "moved/captions.txt"]
+    assert f"{len(unseen)} test pictures are unseen" in refused(gan_evaluate.main, words)
+    saved = {}
+    monkeypatch.setattr(gan_evaluate, "AMONG", 2)
+    monkeypatch.setattr(gan_evaluate, "LESSONS", 64)
+    monkeypatch.setattr(gan_evaluate, "report", lambda name, rows, **more: saved.update(rows=rows, **more))
+    gan_evaluate.main(words)
+    assert saved["pictures"] == len(unseen)
+    assert [row["in the first ten (%)"] for row in saved["rows"]] == [100, 100]
 
 
 def test_shuffled_pairs_have_the_next_ones_caption_and_blurred_ones_the_photograph(tmp_path, tiny_config, trained_run):
     import shutil
 
-    import gan
     from generated import GeneratedPairs
     from training import Trainer
 
