@@ -385,6 +385,11 @@ class Trainer:
     def describe_generated(self, line):
         if not line.get("generated"):
             return ""
+        if line["dropped_by_gate"] == line["generated"]:
+            return (
+                f"; the gate dropped all {line['generated']} generated pictures: they do not show what their captions "
+                "say; train the GAN longer (--gan_epochs), or raise --gan_gate"
+            )
         return f"; {line['generated']} pictures generated, the gate dropped {line['dropped_by_gate']}"
 
     def average_batchnorm(self):

@@ -476,6 +476,13 @@ def test_gate_of_a_short_list_asks_the_training_captions_too(with_gan, tmp_path,
     assert not all(expected)  # among the list's three alone, all would have been in the first 30
 
 
+def test_a_gate_that_lets_nothing_pass_says_so(with_gan, monkeypatch, capsys):
+    trainer = Trainer(with_gan(gan_ratio=1.0, epochs=1))
+    monkeypatch.setattr(trainer.generated, "passes", lambda pictures, chosen: torch.zeros(len(chosen), dtype=bool))
+    trainer.fit()
+    assert "the gate dropped all 24 generated pictures" in capsys.readouterr().out
+
+
 def test_a_list_of_captions_takes_the_place_of_the_training_captions(with_gan, tmp_path):
     train = load_splits(with_gan())["train"]
     new = ["A red circle is left of a blue square on snow .", train.captions[7]]
