@@ -480,7 +480,7 @@ def test_a_gate_that_lets_nothing_pass_says_so(with_gan, monkeypatch, capsys):
     trainer = Trainer(with_gan(gan_ratio=1.0, epochs=1))
     monkeypatch.setattr(trainer.generated, "passes", lambda pictures, chosen: torch.zeros(len(chosen), dtype=bool))
     trainer.fit()
-    assert "the gate dropped all 24 generated pictures" in capsys.readouterr().out
+    assert "the gate dropped all 120 generated pictures" in capsys.readouterr().out
 
 
 def test_a_list_of_captions_takes_the_place_of_the_training_captions(with_gan, tmp_path):
