@@ -17,6 +17,7 @@ from index import embed_captions, embed_images
 
 GRID = np.linspace(-1, 1, 401)  # cosines
 WORTH_SAYING = 0.65  # the least share of right verdicts, on the validation split, with which they are given
+FEWEST = 20  # pictures of the validation split from which anything is learned
 MOST_IMAGES = 1000  # of the validation split: enough for shares to a tenth of a per cent
 
 
@@ -63,10 +64,12 @@ def share_at_least(values):
 def threshold(calibration, direction, number):
     """The cosine from which a result counts as a match among `number` pictures (or captions).
 
-    None where the verdicts would be little better than a coin's: so many pictures, or so weak a model, that wrong
-    ones score as high as right ones.
+    None where the verdicts would be little better than a coin's, so many pictures, or so weak a model, that wrong
+    ones score as high as right ones; or where too few validation pictures were there to tell.
     """
     known = calibration[direction]
+    if min(one["gallery"] for one in calibration.values()) < FEWEST:
+        return None
     quiet = (1 - np.array(known["wrong"])) ** (number / known["gallery"])  # nothing wrong reaches the cosine
     quality = np.array(known["right"]) + quiet
     if quality.max() / 2 < WORTH_SAYING:

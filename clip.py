@@ -8,6 +8,7 @@ import math
 from dataclasses import asdict, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -29,6 +30,7 @@ from modules import (
 
 MAX_LOGIT_SCALE = math.log(100)  # the paper's section 2.5: similarities are multiplied by at most 100
 TILE = 2048  # rows and columns of the similarity matrix held at once: 16 MiB in float32
+IMAGE_TILE = 8 * TILE  # columns in evaluation, which keeps no gradients
 LOWEST = -1e30  # stands for "no entry yet" where -inf would make inf - inf
 
 
@@ -505,25 +507,35 @@ def retrieval_metrics(image_embeddings, text_embeddings, image_index):
     image_index = torch.as_tensor(image_index, device=image_embeddings.device)
     number, device = len(image_embeddings), image_embeddings.device
     best = torch.full((number,), -math.inf, device=device)  # each image's best own caption
-    text_ranks = []
-    for start in range(0, len(text_embeddings), TILE):  # captions in parts: no (N, T) matrix
-        scores = text_embeddings[start : start + TILE] @ image_embeddings.T  # (part, N)
-        owner = image_index[start : start + TILE]
-        own = scores.gather(1, owner[:, None])
-        text_ranks.append(number - (scores < own).sum(1))
-        best.scatter_reduce_(0, owner, own[:, 0], "amax")
+    own = torch.empty(len(text_embeddings), device=device)  # each caption's score with its image
+
+    def tiles():
+        """No (N, T) matrix: (captions, images, their scores, which of them belong together) in parts."""
+        for start in range(0, len(text_embeddings), TILE):
+            texts = slice(start, start + TILE)
+            for first in range(0, number, IMAGE_TILE):
+                images = slice(first, first + IMAGE_TILE)
+                scores = text_embeddings[texts] @ image_embeddings[images].T
+                owner = image_index[texts] - first
+                rows = ((owner >= 0) & (owner < scores.shape[1])).nonzero()[:, 0]
+                yield texts, images, scores, (rows, owner[rows])
+
+    for texts, images, scores, (rows, columns) in tiles():
+        found = scores[rows, columns]
+        own[texts][rows] = found
+        best[images].scatter_reduce_(0, columns, found, "amax")
+    not_before = torch.zeros(len(text_embeddings), dtype=torch.int64, device=device)
     others_before = torch.zeros(number, dtype=torch.int64, device=device)
-    for start in range(0, len(text_embeddings), TILE):
-        scores = text_embeddings[start : start + TILE] @ image_embeddings.T
-        owner = image_index[start : start + TILE]
-        before = ~(scores < best)
-        before[torch.arange(len(owner), device=device), owner] = False
-        others_before += before.sum(0)
+    for texts, images, scores, belong in tiles():
+        not_before[texts] += (scores < own[texts][:, None]).sum(1)
+        before = ~(scores < best[images])
+        before[belong] = False
+        others_before[images] += before.sum(0)
     metrics = {}
-    for name, ranks in (("image_to_text", others_before + 1), ("text_to_image", torch.cat(text_ranks))):
+    for name, ranks in (("image_to_text", others_before + 1), ("text_to_image", number - not_before)):
         for k in (1, 5, 10):
             metrics[f"{name}_R@{k}"] = 100 * int((ranks <= k).sum()) / len(ranks)
-        metrics[f"{name}_median_rank"] = float(ranks.median())
+        metrics[f"{name}_median_rank"] = float(np.median(ranks.cpu().numpy()))
     metrics["rsum"] = sum(value for name, value in metrics.items() if "R@" in name)
     return metrics
 

@@ -376,14 +376,20 @@ def progress_bar(iterable=None, **options):
 
 
 def exit_on_input_error(main):
-    """Run a command's main function; bad input ends it with one line and exit status 2.
+    """Run a command's main function; bad input ends it with one line and exit status 2, Ctrl-C with status 130.
 
     So does what the operating system refuses (a file that cannot be written, a full disk).
     """
 
     def wrapped(argv=None):
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):  # a word that the terminal's encoding lacks is not worth a failure
+                stream.reconfigure(errors="backslashreplace")
         try:
             return main(argv)
+        except KeyboardInterrupt:
+            print("\nstopped", file=sys.stderr)
+            raise SystemExit(130) from None
         except (InputError, OSError) as error:
             # An error raised in a loader process arrives wrapped in its traceback; its last line is the message.
             line = (str(error).strip().splitlines() or [repr(error)])[-1].removeprefix("config.InputError: ")

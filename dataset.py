@@ -1,18 +1,15 @@
-"""From a captions file and a folder of photographs to batches: reading, splitting, decoding, cropping, sampling.
+"""From a captions file and a folder of photographs to batches: reading, splitting, cropping, sampling.
 
 Images travel as uint8 and are normalised on the device; captions are tokenised once and padded to the batch.
 """
 
 import csv
-import hashlib
+import dataclasses
 import io
-import json
 import os
 import random
 import re
-import shutil
 import signal
-import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,12 +22,9 @@ import cv2
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from config import InputError, progress_bar
-
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # 100 megapixels are no attack
+from config import InputError
 
 CAPTION_FILES = ("captions.txt", "captions.csv", "Flickr8k.token.txt")
 GHOST_IMAGES = {"2258277193_586949ec62.jpg.1"}  # in Flickr8k.token.txt with five captions, in no archive
@@ -73,11 +67,12 @@ def read_captions(path):
         raise InputError(f"{path} cannot be read as UTF-8 text ({error})") from None
     if not text.strip():
         raise InputError(f"{path} is empty: it should hold `image,caption` lines")
-    header = next(csv.reader([text.lstrip().splitlines()[0][:1000]]))
+    first_line = text.lstrip()[:1000].splitlines()[0]
+    header = next(csv.reader([first_line]))
     names = [name.strip().lower() for name in header]
     if "image" in names and "caption" in names:
         rows = read_csv_rows(path, text, names)
-    elif re.match(r"\S+#\d+\t", text.lstrip()):
+    elif re.match(r"[^\t]+#\d+\t", first_line):
         rows = read_token_rows(path, text)
     else:
         raise InputError(
@@ -161,28 +156,32 @@ class Pairs:
     `image_index[j]` is the image of caption j; the captions of image i are first[i] .. first[i + 1] - 1.
     """
 
+    names: list[str]  # of the images, as the captions file has them
     files: list[Path]
     captions: list[str]
     image_index: np.ndarray
     first: np.ndarray
 
-    @property
-    def names(self):
-        return [file.name for file in self.files]
 
-
-def make_pairs(frame, folder, names=None):
-    """The `Pairs` of the images named (default: every image of the frame), in that order."""
-    groups = frame.groupby("image", sort=False)["caption"].agg(list)
-    names = list(groups.index) if names is None else names
-    lists = [groups[name] for name in names]
-    counts = np.array([len(captions) for captions in lists], dtype=np.int64)
+def make_pairs(captions_of, folder, names=None):
+    """The `Pairs` of the images named (default: all of them), in that order; captions_of: {name: captions}."""
+    names = list(captions_of) if names is None else names
+    counts = np.array([len(captions_of[name]) for name in names], dtype=np.int64)
     return Pairs(
+        names=names,
         files=[Path(folder) / name for name in names],
-        captions=[caption for captions in lists for caption in captions],
+        captions=[caption for name in names for caption in captions_of[name]],
         image_index=np.repeat(np.arange(len(names)), counts),
         first=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
     )
+
+
+def captions_by_image(frame):
+    """{image: its captions} of a DataFrame as `read_captions` returns it, in its order."""
+    found = {}
+    for image, caption in zip(frame["image"].tolist(), frame["caption"].tolist(), strict=True):
+        found.setdefault(image, []).append(caption)
+    return found
 
 
 def names_one_of(caption, words):
@@ -195,21 +194,15 @@ def pairs_naming(pairs, words):
     """The `Pairs` of those images of which a caption names one of the comma-separated words; raises InputError."""
     of_image = [pairs.captions[a:b] for a, b in zip(pairs.first, pairs.first[1:], strict=False)]
     kept = [i for i, captions in enumerate(of_image) if any(names_one_of(caption, words) for caption in captions)]
-    if len(kept) < 2:
+    if words and len(kept) < 2:
         raise InputError(f"gan_subset is {words!r}, which the captions of {len(kept)} images name: give other words")
     return pairs_of(pairs, kept)
 
 
 def pairs_of(pairs, images):
     """The `Pairs` of the images with these numbers alone."""
-    of_image = [pairs.captions[pairs.first[i] : pairs.first[i + 1]] for i in images]
-    counts = np.array([len(captions) for captions in of_image], dtype=np.int64)
-    return Pairs(
-        files=[pairs.files[i] for i in images],
-        captions=[caption for captions in of_image for caption in captions],
-        image_index=np.repeat(np.arange(len(images)), counts),
-        first=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-    )
+    captions = {pairs.names[i]: pairs.captions[pairs.first[i] : pairs.first[i + 1]] for i in images}
+    return dataclasses.replace(make_pairs(captions, ""), files=[pairs.files[i] for i in images])
 
 
 def split_images(images, folder, seed):
@@ -267,9 +260,8 @@ def load_splits(config):
     if not folder.is_dir():
         raise InputError(f"image_path is {folder}, which is not a folder. {FLICKR8K_HELP}")
     captions_file = find_captions_file(config.captions_path)
-    frame = read_captions(captions_file)
-    names = list(dict.fromkeys(frame["image"]))
-    splits = split_images(names, captions_file.parent, config.seed)
+    captions_of = captions_by_image(read_captions(captions_file))
+    splits = split_images(list(captions_of), captions_file.parent, config.seed)
     check_files([folder / name for split in splits.values() for name in split])
     if len(splits["train"]) < 2 or not splits["validation"]:
         raise InputError(
@@ -281,7 +273,7 @@ def load_splits(config):
             f"batch_size is {config.batch_size}, but there are {len(splits['train'])} training images: "
             f"give --batch_size {len(splits['train'])} or less"
         )
-    return {split: make_pairs(frame, folder, names) for split, names in splits.items()}
+    return {split: make_pairs(captions_of, folder, names) for split, names in splits.items()}
 
 
 def check_files(files, where="image_path"):
@@ -292,113 +284,7 @@ def check_files(files, where="image_path"):
         raise InputError(f"picture {missing[0]} is missing{more}: is {where} right?")
 
 
-# ---- images -----------------------------------------------------------------------------------------------------
-
-
-def decode_image(file, side):
-    """A picture as (side, side, 3) uint8 RGB: upright, the whole of it, squeezed to a square; raises InputError.
-
-    Nothing is cut off, because captions speak of what stands at the edges.
-    """
-    try:
-        with Image.open(file) as image:
-            image.draft("RGB", (side, side))  # a JPEG is decoded no larger than needed
-            return np.asarray(upright_rgb(image).resize((side, side), Image.Resampling.BICUBIC, reducing_gap=2.0))
-    except FileNotFoundError:
-        raise InputError(f"picture {file} is missing") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"picture {file} cannot be read ({error})") from None
-
-
-def upright_rgb(image):
-    """A PIL image turned as its camera says, in RGB."""
-    if image.mode.startswith("I"):  # 16 bits a pixel, of which `convert` would cut off all above 255
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-    return ImageOps.exif_transpose(image).convert("RGB")
-
-
-def stored_side(size):
-    """The side of a stored picture, pixels: a little above the model's, so that training crops lose no detail."""
-    return round(size * 8 / 7)
-
-
-class ImageStore:
-    """Decoded pictures by index, (side, side, 3) uint8; from the cache if one was built, else from the files."""
-
-    def __init__(self, files, side, cache=None):
-        self.files, self.side, self.cache = files, side, cache
-        self.pixels = None  # opened in each process on first use
-
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, index):
-        if self.cache is None:
-            return decode_image(self.files[index], self.side)
-        if self.pixels is None:
-            self.pixels = np.load(self.cache, mmap_mode="r")
-        return np.asarray(self.pixels[index])
-
-    def __getstate__(self):
-        return {**self.__dict__, "pixels": None}
-
-
-def build_image_cache(files, side, folder, num_workers=4, show_progress=True):
-    """Path of a .npy file with all pictures decoded, (N, side, side, 3) uint8; decodes only if they changed.
-
-    The file's name holds a digest of every picture's name, size and time, so a changed picture asks for a new file;
-    it appears under that name only once it is whole. Raises InputError for unreadable pictures and a full disk.
-    """
-    digest = hashlib.sha256(f"square bicubic {side}".encode())
-    place = hashlib.sha256(json.dumps([side, *map(str, map(Path.resolve, files))]).encode()).hexdigest()[:12]
-    for file in files:
-        stat = file.stat()
-        digest.update(f"{file} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    folder = Path(folder)
-    path = folder / f"images-{place}-{digest.hexdigest()[:16]}.npy"
-    if path.exists():
-        return path
-    folder.mkdir(parents=True, exist_ok=True)
-    needed, free = len(files) * side * side * 3, shutil.disk_usage(folder).free
-    if needed > free:
-        raise InputError(
-            f"the decoded images need {needed / 1e9:.1f} GB in {folder}, where {free / 1e9:.1f} GB are free: "
-            "give another --cache_path, or --cache_images false"
-        )
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        errors = write_image_cache(temporary, files, side, num_workers, show_progress)
-        if errors:
-            more = f" (and {len(errors) - 1} more pictures)" if len(errors) > 1 else ""
-            raise InputError(errors[0] + more)
-        for old in folder.glob(f"images-{place}-*.npy"):
-            old.unlink()
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
-
-
-def write_image_cache(path, files, side, num_workers, show_progress):
-    """Decode all pictures into a new .npy file; what was wrong with those that could not be read, a list."""
-    pixels = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(len(files), side, side, 3))
-    errors = []
-
-    def decode(index):
-        try:
-            pixels[index] = decode_image(files[index], side)
-        except InputError as error:
-            errors.append((index, str(error)))
-
-    # Threads, not processes: decoding releases the interpreter's lock.
-    with ThreadPoolExecutor(max(1, num_workers)) as pool:
-        results = pool.map(decode, range(len(files)))
-        for _ in progress_bar(
-            results, desc="decoding images", total=len(files), unit="image", disable=not show_progress
-        ):
-            pass
-    pixels.flush()
-    return [message for _, message in sorted(errors)]
+# ---- transforms -----------------------------------------------------------------------------------------------
 
 
 class TrainTransform:
@@ -445,6 +331,13 @@ class EvaluationImages(Dataset):
 
     def __len__(self):
         return len(self.indices)
+
+    def __getitems__(self, positions):
+        """A batch, for the loader; without loader processes its pictures are decoded in threads."""
+        if get_worker_info() is not None or self.store.cache is not None:
+            return [self[position] for position in positions]
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            return list(pool.map(self.__getitem__, positions))
 
     def __getitem__(self, position):
         try:

@@ -37,13 +37,15 @@ from config import (
     read_json,
     write_json,
 )
-from dataset import SIDED, ImageStore, build_image_cache, load_splits, pairs_naming, resize_image, stored_side
+from dataset import SIDED, load_splits, pairs_naming, resize_image
 from gan_networks import NOISE, Architecture, Discriminator
+from images import ImageStore, build_image_cache, stored_side
 from index import embed_captions
 
 BETAS = (0.0, 0.9)  # of Adam, as DF-GAN has them
 WRONG = 8  # captions that each real picture is shown with wrongly,
 WRONG_AMONG = 256  # those most alike of so many
+MOST_BYTES = 16e9  # of pictures
 PENALTY_EVERY = 8  # steps; the penalty is multiplied by as much (lazy regularisation, StyleGAN2)
 
 
@@ -234,7 +236,14 @@ class PictureStore:
         if config.cache_images:
             cache = build_image_cache(pairs.files, side, config.cache_path, config.num_workers)
         store = ImageStore(pairs.files, side, cache)
-        pictures = np.stack([resize_image(store[image], size) for image in range(len(store))])
+        if len(store) * size * size * 3 > MOST_BYTES:
+            raise InputError(
+                f"the GAN keeps all pictures in memory, of {len(store)} at {size} pixels "
+                f"{len(store) * size * size * 3 / 1e9:.0f} GB (at most {MOST_BYTES / 1e9:.0f}): give --gan_subset"
+            )
+        pictures = np.empty((len(store), size, size, 3), dtype=np.uint8)
+        for image in range(len(store)):
+            pictures[image] = resize_image(store[image], size)
         self.pictures = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(device)  # (N, 3, S, S) uint8
         self.embeddings = embed_captions(clip, pairs.captions).to(device)  # (T, D)
         self.sided = torch.tensor([bool(SIDED.search(caption)) for caption in pairs.captions], device=device)

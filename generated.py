@@ -30,8 +30,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
-from clip import autocast, load_model, update_average
+from clip import autocast, load_model, update_average, world
 from config import InputError
 from dataset import TokenStore, load_splits, names_one_of, pad_tokens, read_lines
 from gan import (
@@ -80,9 +81,10 @@ class GeneratedPairs:
 
     def __init__(self, config, pairs, model, device, dtype):
         self.config, self.device, self.dtype = config, device, dtype
-        if config.gan_ratio and round(config.gan_ratio * config.batch_size) < 2:
+        images = config.batch_size // (dist.get_world_size() if world() else 1)
+        if config.gan_ratio and round(config.gan_ratio * images) < 2:
             raise InputError(
-                f"gan_ratio is {config.gan_ratio:g}, which of a batch of {config.batch_size} is fewer than two "
+                f"gan_ratio is {config.gan_ratio:g}, which of a process's batch of {images} is fewer than two "
                 "pictures: give a larger gan_ratio or batch_size, or --gan none"
             )
         folder = gan_folder(config)
@@ -176,6 +178,8 @@ class GeneratedPairs:
 
     def end_epoch(self, folder):
         """What is noted about the epoch, a dict."""
+        if world():
+            dist.all_reduce(self.counts)
         made, kept = self.counts.tolist()
         self.counts.zero_()
         return {"generated": made, "dropped_by_gate": made - kept}

@@ -22,10 +22,12 @@ from tqdm import tqdm
 
 from clip import autocast, load_model
 from config import InputError, read_json, write_json
-from dataset import EvaluationImages, ImageStore, TokenStore, make_loader, pad_tokens, stored_side
+from dataset import EvaluationImages, TokenStore, make_loader, pad_tokens
+from images import ImageStore, stored_side
 
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-VERSION = "1"  # of the file's layout and of how a picture is prepared for the model
+VERSION = "2"  # of the file's layout and of how a picture is prepared for the model
+BLOCK = 20_000  # pictures after which a long work is saved
 
 
 # ---- embedding --------------------------------------------------------------------------------------------------
@@ -260,13 +262,22 @@ def update_index(path, owner, names, stamps, embed, digest):
     if old:
         rows[(rows >= 0) & unknown[rows]] = -1
     new = np.flatnonzero(rows < 0)
-    embedded = embed([names[i] for i in new]).cpu() if len(new) else old.vectors[:0].clone()
-    vectors = torch.empty(len(names), embedded.shape[1])
-    vectors[torch.from_numpy(new)] = embedded
-    if old:
-        vectors[torch.from_numpy(rows >= 0)] = old.vectors[torch.from_numpy(rows[rows >= 0])]
+    done, vectors = rows >= 0, None
+    for start in range(0, max(1, len(new)), BLOCK):
+        part = new[start : start + BLOCK]
+        embedded = embed([names[i] for i in part]).cpu() if len(part) else old.vectors[:0].clone()
+        if vectors is None:
+            vectors = torch.empty(len(names), embedded.shape[1])
+            if old:
+                vectors[torch.from_numpy(done)] = old.vectors[torch.from_numpy(rows[done])]
+            del old  # it is mapped into memory from the file that is now replaced
+        vectors[torch.from_numpy(part)] = embedded
+        done[part] = True
+        if not done.all():  # a long work that is stopped is not lost
+            kept = [name for name, known in zip(names, done.tolist(), strict=True) if known]
+            write_index(path, owner, Index(kept, stamps[done], digests[done], vectors[torch.from_numpy(done)]))
+    if len(new) < len(names):
         print(f"index: {len(new)} of {len(names)} embedded, the others are known", file=sys.stderr)
-    del old  # it is mapped into memory from the file that is now replaced
     index = Index(names, stamps, digests, vectors)
     write_index(path, owner, index)
     return index

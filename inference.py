@@ -18,7 +18,7 @@ import torch
 from calibration import calibration_of, threshold
 from clip import read_saved, retrieval_metrics, setup_device
 from config import InputError, OneLineParser, build_config, exit_on_input_error
-from dataset import check_files, load_splits, make_pairs, read_captions
+from dataset import captions_by_image, check_files, load_splits, make_pairs, read_captions
 from index import (
     PICTURES,
     embed_captions,
@@ -225,7 +225,7 @@ def parse_arguments(argv):
     asked = arguments.query or arguments.image or arguments.evaluate or arguments.zero_shot
     if arguments.run and not asked:  # --run runs/x "a dog": to the parser the sentence is one more run
         first, *others = arguments.run
-        named = [word for word in others if Path(word).is_dir() or "/" in word or "\\" in word]
+        named = [word for word in others if os.path.isdir(word) or "/" in word or "\\" in word]
         arguments.query = [word for word in others if word not in named]
         arguments.run = [first, *named]
     return arguments
@@ -235,8 +235,6 @@ def parse_arguments(argv):
 def main(argv=None):
     """Search, classify or evaluate, with a trained run or the average of several."""
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-    if hasattr(sys.stdout, "reconfigure"):  # a name that the terminal's encoding lacks is not worth a failed search
-        sys.stdout.reconfigure(errors="backslashreplace")
     job = choose_job(arguments)
     device, _ = setup_device(arguments.device)
     folders = arguments.run or [newest_run()]
@@ -431,7 +429,7 @@ def picture_title(result):
 
 def evaluate(runs, arguments):
     """Retrieval metrics on all images of a captions file."""
-    pairs = make_pairs(read_captions(arguments.captions_path), arguments.image_path)
+    pairs = make_pairs(captions_by_image(read_captions(arguments.captions_path)), arguments.image_path)
     check_files(pairs.files)
     # Vectors side by side, divided by sqrt(runs): their products are the mean of the runs' products.
     images = torch.cat([embed_images(run.model, pairs.files) for run in runs], 1) / len(runs) ** 0.5

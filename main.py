@@ -92,7 +92,13 @@ def main(argv=None):
     chain = config.gan != "none" and not config.gan_run
     if chain:
         train_first(config)
-    results = training.train(config)
+    try:
+        results = training.train(config)
+    except KeyboardInterrupt:  # before the first step or after the last: in between it ends with a checkpoint
+        begun = (Path(config.run) / "last.pt").exists()
+        line = f"to go on: python main.py --resume --run {config.run}" if begun else "before the first step"
+        print(f"\nstopped; {line}", flush=True)
+        raise SystemExit(130) from None
     if chain:
         print(compare(read_json(Path(config.run) / "first" / "results.json"), results), flush=True)
 

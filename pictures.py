@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
 from config import InputError
-from dataset import EvaluationImages, upright_rgb
+from dataset import EvaluationImages
+from images import upright_rgb
 from index import embed_captions, run_encoder
 
 matplotlib.rcParams["text.parse_math"] = False  # a dollar in a caption or a file name is a dollar

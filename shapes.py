@@ -132,6 +132,12 @@ def draw_sample(image_path, captions_path, train_images, validation_images=200, 
     image_path, captions_path = Path(image_path), Path(captions_path)
     if captions_path.exists():
         return
+    foreign = next((file for file in sorted(image_path.glob("[!.]*")) if not file.match("shapes_*.jpg")), None)
+    if foreign is not None:
+        raise InputError(
+            f"captions_path is {captions_path}, which does not exist, and the sample is not drawn into {image_path}, "
+            f"where {foreign.name} lies: name the captions file, or give another --image_path"
+        )
     counts = {"train": train_images, "dev": validation_images, "test": test_images}
     scenes, total = all_scenes(), sum(counts.values())
     if total > len(scenes):

@@ -6,8 +6,8 @@ import json
 import math
 import os
 import signal
+import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,17 +30,15 @@ from clip import (
 from config import InputError, progress_bar, write_json
 from dataset import (
     EvaluationImages,
-    ImageStore,
     PairSampler,
     TokenStore,
     TrainingPairs,
-    build_image_cache,
     load_splits,
     make_loader,
-    stored_side,
     train_tokenizer,
 )
 from generated import generated_pairs
+from images import ImageStore, build_image_cache, stored_side
 from index import Captions, open_run, run_encoder
 from inference import format_metrics
 from pictures import draw_queries
@@ -188,6 +186,13 @@ class Trainer:
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "config.json", {**vars(config), "resume": False})
+        if world():
+            dist.barrier()
+            if not (self.folder / "config.json").exists():
+                raise InputError(
+                    f"run is {self.folder}, which process {self.rank} does not see: on several machines the working "
+                    "folder must be a shared one"
+                )
         self.load_checkpoint()
 
     @property
@@ -199,14 +204,15 @@ class Trainer:
     def open_images(self):
         """An `ImageStore` per split; with `cache_images` all pictures are decoded now, once."""
         config, side = self.config, stored_side(self.config.size)
-        stores = {}
-        for split, pairs in self.splits.items():
-            cache = None
-            if config.cache_images and pairs.files:
-                place, workers, show = config.cache_path, config.num_workers, self.rank == 0
-                cache = first_process_first(partial(build_image_cache, pairs.files, side, place, workers, show))
-            stores[split] = ImageStore(pairs.files, side, cache)
-        return stores
+        if not config.cache_images:
+            return {split: ImageStore(pairs.files, side) for split, pairs in self.splits.items()}
+        options = (side, config.cache_path, config.num_workers, self.rank == 0)
+        everything = sorted(file for pairs in self.splits.values() for file in pairs.files)
+        first_process_first(lambda: build_image_cache(everything, *options))
+        return {
+            split: ImageStore(pairs.files, side, build_image_cache(pairs.files, *options))
+            for split, pairs in self.splits.items()
+        }
 
     def frozen_features(self):
         """{(encoder, split): features} of the encoders that are not trained: each sample is encoded once."""
@@ -243,6 +249,13 @@ class Trainer:
         frozen = [None if features is None else features.cpu() for features in frozen]
         dataset = TrainingPairs(pairs, self.stores["train"], tokens, self.model.tokenizer.pad_token_id, config, *frozen)
         sampler = PairSampler(pairs, config, self.rank, self.processes)
+        if self.rank == 0 and sampler.total < 0.5 * sampler.batches * config.batch_size and sampler.batches > 1:
+            most = np.diff(pairs.first)
+            print(
+                f"note: {pairs.names[most.argmax()]} has {most.max()} captions, which makes {sampler.batches} batches "
+                f"of {sampler.total // sampler.batches} images out of an epoch: give a larger --captions_per_image",
+                file=sys.stderr,
+            )
         workers = 0 if all(features is not None for features in frozen) else config.num_workers
         pin = self.device.type == "cuda"
         return sampler, make_loader(dataset, workers, pin, batch_sampler=sampler, collate_fn=dataset.collate)
@@ -268,6 +281,8 @@ class Trainer:
         if self.stop_requested or world():  # asked twice; or several processes, which cannot agree on a step to stop at
             raise KeyboardInterrupt
         self.stop_requested = True
+        if hasattr(signal, "SIGCHLD"):  # a whole process group is told to end: PyTorch would raise in mid-step that
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loader's processes are gone
 
     def train_epoch(self):
         """Train from the current position to the end of the epoch, evaluate, and save."""
@@ -286,7 +301,12 @@ class Trainer:
         with bar:
             while self.batch < self.sampler.batches and not self.stop_requested:
                 before = time.perf_counter()
-                micro_batches = next(batches)
+                try:
+                    micro_batches = next(batches)
+                except RuntimeError:
+                    if self.stop_requested:  # the loader's processes were told to end, too
+                        break
+                    raise
                 waited += time.perf_counter() - before
                 loss = self.train_step(micro_batches)
                 self.loss_sum += loss

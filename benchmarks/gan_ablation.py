@@ -121,7 +121,7 @@ def prepare_data(config, folder, share, held_out, data_seed):
     if (folder / "captions.txt").exists():
         return changes
     splits, frame = load_splits(config), read_captions(config.captions_path)
-    names = {split: [name_in(config, file) for file in pairs.files] for split, pairs in splits.items()}
+    names = {split: pairs.names for split, pairs in splits.items()}
     order = np.random.default_rng(data_seed).permutation(len(names["train"]))
     kept = sorted(order[: max(2, round(share * len(order)))])
     named = {"train": [names["train"][i] for i in kept], "dev": names["validation"], "test": names["test"]}
@@ -132,11 +132,6 @@ def prepare_data(config, folder, share, held_out, data_seed):
         write_scenes(folder / "scenes.txt", unseen, known)
     write_data(folder, list(frame[frame["image"].isin(everything)].itertuples(index=False)), named)
     return changes
-
-
-def name_in(config, file):
-    """A picture's name in the captions file."""
-    return file.relative_to(config.image_path).as_posix()
 
 
 def draw_held_out(folder, images, held_out, share, seed):
@@ -262,11 +257,11 @@ def augmented(config, folder, first, meaning):
         return path
     variants = {}
     for image, _, variant in rows:
-        variants.setdefault(name_in(config, pairs.files[image]), []).append(variant)
+        variants.setdefault(pairs.names[image], []).append(variant)
     groups = frame.groupby("image", sort=False)["caption"].agg(list).to_dict()
     splits = load_splits(config)
     places = {"train": "train", "dev": "validation", "test": "test"}
-    named = {place: [name_in(config, file) for file in splits[split].files] for place, split in places.items()}
+    named = {place: splits[split].names for place, split in places.items()}
     write_data(path.parent, [(n, c) for n, texts in groups.items() for c in [*texts, *variants.get(n, [])]], named)
     return path
 

@@ -12,17 +12,8 @@ import time
 
 from common import benchmark_config, report, spread
 
-from dataset import (
-    ImageStore,
-    PairSampler,
-    TokenStore,
-    TrainingPairs,
-    build_image_cache,
-    load_splits,
-    make_loader,
-    stored_side,
-    train_tokenizer,
-)
+from dataset import PairSampler, TokenStore, TrainingPairs, load_splits, make_loader, train_tokenizer
+from images import ImageStore, build_image_cache, stored_side
 
 PICTURES, ROUNDS = 500, 5
 

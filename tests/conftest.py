@@ -107,6 +107,12 @@ def draw_picture(path, size=(60, 40), seed=0):
     Image.fromarray(colours).resize(size, Image.Resampling.NEAREST).save(path)
 
 
+def quarters(side, dtype=np.uint8):
+    """A picture of four plain quarters, (side, side, 3)."""
+    small = np.array([[[250, 0, 0], [0, 250, 0]], [[0, 0, 250], [250, 250, 0]]], dtype=dtype)
+    return small.repeat(side // 2, 0).repeat(side // 2, 1)
+
+
 @pytest.fixture
 def data_set(tmp_path):
     """`data_set({"a.jpg": ["A dog .", ...], ...}, train=["a.jpg"])`: a data set in Kaggle's layout.

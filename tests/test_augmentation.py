@@ -29,7 +29,7 @@ def many_pairs():
     """The captions of 300 drawn pictures, without the pictures."""
     scenes = [all_scenes()[i] for i in np.random.default_rng(0).permutation(len(all_scenes()))[:300]]
     captions = [caption for scene in scenes for caption in captions_of(scene)]
-    return Pairs([], captions, np.repeat(np.arange(300), 5), np.arange(0, 1501, 5))
+    return Pairs([], [], captions, np.repeat(np.arange(300), 5), np.arange(0, 1501, 5))
 
 
 def plain(caption):

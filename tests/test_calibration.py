@@ -112,3 +112,12 @@ def test_threshold_is_none_where_verdicts_would_be_a_coins():
     known = calibration["text_to_image"]
     known["wrong"] = known["right"]  # a model whose wrong answers score as high as its right ones
     assert threshold(calibration, "text_to_image", 100) is None
+
+
+def test_no_threshold_is_learned_from_a_handful_of_pictures():
+    calibration, *_ = made_up()
+    assert threshold(calibration, "text_to_image", 5) is not None
+    calibration["image_to_text"] = dict(calibration["text_to_image"])
+    calibration["text_to_image"]["gallery"] = 19
+    assert threshold(calibration, "text_to_image", 5) is None
+    assert threshold(calibration, "image_to_text", 5) is None  # of the same few pictures

@@ -14,7 +14,8 @@ from torch import nn
 import clip
 from clip import CLIP, contrastive_backward, contrastive_loss, load_model, retrieval_metrics, save_model
 from config import InputError
-from dataset import ImageStore, PairSampler, TokenStore, TrainingPairs, load_splits, stored_side, train_tokenizer
+from dataset import PairSampler, TokenStore, TrainingPairs, load_splits, train_tokenizer
+from images import ImageStore, stored_side
 
 CPU = torch.device("cpu")
 
@@ -322,9 +323,10 @@ def ragged_index(images):
     return torch.arange(images).repeat_interleave(counts)
 
 
-@pytest.mark.parametrize("tile", [7, 2048])
-def test_retrieval_metrics_equal_a_double_loop(monkeypatch, tile):
+@pytest.mark.parametrize(("tile", "image_tile"), [(7, 9), (7, 40), (2048, 13), (2048, 16384)])
+def test_retrieval_metrics_equal_a_double_loop(monkeypatch, tile, image_tile):
     monkeypatch.setattr(clip, "TILE", tile)
+    monkeypatch.setattr(clip, "IMAGE_TILE", image_tile)
     image_index = ragged_index(40)
     image_index = image_index[torch.randperm(len(image_index))]
     # Small whole numbers: exact in any order of summation, and full of ties.

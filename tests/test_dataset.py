@@ -1,6 +1,5 @@
 """From files to batches: captions, splits, pictures, the cache, tokens, the order of an epoch."""
 
-import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -9,31 +8,29 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import draw_picture, tiny_settings
-from PIL import Image
+from conftest import draw_picture, quarters, tiny_settings
 
 import dataset
 from config import Config, InputError
 from dataset import (
     EvaluationImages,
-    ImageStore,
     PairSampler,
     TokenStore,
     TrainingPairs,
     TrainTransform,
-    build_image_cache,
-    decode_image,
+    captions_by_image,
     load_splits,
     make_loader,
     make_pairs,
     pad_tokens,
+    pairs_of,
     plan_batches,
     read_captions,
     resize_image,
     split_images,
-    stored_side,
     train_tokenizer,
 )
+from images import ImageStore, build_image_cache, stored_side
 
 
 def write(path, content):
@@ -129,6 +126,17 @@ def test_picture_names_may_hold_folders_dots_and_blanks(tmp_path):
     assert rows(write(tmp_path / "captions.txt", text)) == [("sub/my dog..jpg", "A dog")]
 
 
+def test_names_are_those_of_the_captions_file(data_set, tiny_config):
+    names = [f"{n}/img.png" for n in range(12)]
+    splits = load_splits(tiny_config(**data_set({name: ["A dog ."] for name in names}, dev=names[:2])))
+    assert sorted(splits["train"].names) == sorted(names[2:])
+    assert pairs_of(splits["train"], [3, 1]).names == [splits["train"].names[3], splits["train"].names[1]]
+
+
+def test_token_file_with_a_blank_in_a_name(tmp_path):
+    assert rows(write(tmp_path / "c.txt", "my photo.jpg#0\ta dog\n")) == [("my photo.jpg", "a dog")]
+
+
 # ---- splits -----------------------------------------------------------------------------------------------------
 
 NAMES = [f"{number:02d}.jpg" for number in range(40)]
@@ -206,7 +214,7 @@ def test_captions_stay_with_their_image(data_set, tmp_path):
 
 def test_rows_of_one_image_need_not_be_neighbours(tmp_path):
     text = "image,caption\na.jpg,one\nb.jpg,two\na.jpg,three\n"
-    pairs = make_pairs(read_captions(write(tmp_path / "c.txt", text)), "pictures")
+    pairs = make_pairs(captions_by_image(read_captions(write(tmp_path / "c.txt", text))), "pictures")
     assert pairs.files == [Path("pictures/a.jpg"), Path("pictures/b.jpg")]
     assert pairs.captions == ["one", "three", "two"]
     assert (pairs.image_index.tolist(), pairs.first.tolist()) == ([0, 0, 1], [0, 2, 3])
@@ -225,54 +233,7 @@ def test_a_picture_name_no_system_allows_is_missing(tmp_path):
         dataset.check_files([tmp_path / ("x" * 5000)])
 
 
-# ---- pictures ---------------------------------------------------------------------------------------------------
-
-
-def quarters(side, dtype=np.uint8):
-    """A picture of four plain quarters, (side, side, 3)."""
-    small = np.array([[[250, 0, 0], [0, 250, 0]], [[0, 0, 250], [250, 250, 0]]], dtype=dtype)
-    return small.repeat(side // 2, 0).repeat(side // 2, 1)
-
-
-def test_sixteen_bits_are_brought_to_eight(tmp_path):
-    ramp = np.linspace(0, 65535, 20 * 20).reshape(20, 20).astype(np.uint16)
-    Image.fromarray(ramp).save(tmp_path / "a.png")
-    decoded = decode_image(tmp_path / "a.png", 20)
-    assert np.abs(decoded[..., 0].astype(int) - (ramp >> 8)).max() <= 1
-
-
-def test_decode_image_shows_the_whole_picture(tmp_path):
-    Image.fromarray(quarters(40)).resize((90, 40), Image.Resampling.NEAREST).save(tmp_path / "a.png")
-    decoded = decode_image(tmp_path / "a.png", 20)
-    assert decoded.shape == (20, 20, 3)
-    assert decoded.dtype == np.uint8
-    for row, column in ((2, 2), (2, 17), (17, 2), (17, 17)):
-        assert np.abs(decoded[row, column].astype(int) - quarters(20)[row, column]).max() < 12
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
-def test_decode_image_gives_rgb_of_any_kind_of_picture(tmp_path, mode):
-    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
-    Image.new("RGB", (30, 20), (255, 255, 255)).convert(mode).save(path)
-    assert decode_image(path, 16).shape == (16, 16, 3)
-    assert decode_image(path, 16).min() >= 254
-
-
-def test_decode_image_turns_a_photograph_upright(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # shown after a quarter turn clockwise
-    Image.fromarray(quarters(40)).save(tmp_path / "a.jpg", exif=exif, quality=95)
-    assert np.abs(decode_image(tmp_path / "a.jpg", 20)[3, 3].astype(int) - [0, 0, 250]).max() < 40
-
-
-def test_decode_image_names_a_truncated_or_foreign_file(tmp_path):
-    rng = np.random.default_rng(0)
-    Image.fromarray(rng.integers(0, 256, (80, 80, 3), dtype=np.uint8)).save(tmp_path / "a.jpg")
-    whole = (tmp_path / "a.jpg").read_bytes()
-    for content in (whole[: len(whole) // 2], whole[:50], b"not a picture", b""):
-        path = write(tmp_path / "b.jpg", content)
-        with pytest.raises(InputError, match=r"b\.jpg cannot be read"):
-            decode_image(path, 80)
+# ---- transforms -----------------------------------------------------------------------------------------------
 
 
 def test_evaluation_shows_the_whole_picture(tmp_path):
@@ -325,65 +286,6 @@ def test_captions_that_say_left_or_right_are_never_mirrored(data_set, tmp_path):
             mirrored[sided] += not same
     assert mirrored[True] == 0
     assert mirrored[False] > 20
-
-
-# ---- the cache --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def pictures(tmp_path):
-    files = [tmp_path / "pictures" / f"{i}.png" for i in range(5)]
-    for seed, file in enumerate(files):
-        draw_picture(file, seed=seed)
-    return files
-
-
-def test_the_cache_holds_what_decoding_gives(pictures, tmp_path):
-    path = build_image_cache(pictures, 20, tmp_path / "cache", 2, False)
-    store = ImageStore(pictures, 20, path)
-    assert all(np.array_equal(store[i], decode_image(file, 20)) for i, file in enumerate(pictures))
-
-
-def test_the_cache_is_built_once_and_again_when_a_picture_changes(pictures, tmp_path, monkeypatch):
-    decoded = []
-    monkeypatch.setattr(dataset, "decode_image", lambda file, side: decoded.append(file) or decode_image(file, side))
-    path = build_image_cache(pictures, 20, tmp_path / "cache", 0, False)
-    assert build_image_cache(pictures, 20, tmp_path / "cache", 0, False) == path
-    assert sorted(decoded) == pictures
-    draw_picture(pictures[2], seed=99)
-    os.utime(pictures[2], ns=(1, 1))
-    changed = build_image_cache(pictures, 20, tmp_path / "cache", 0, False)
-    assert changed != path
-    assert np.array_equal(np.load(changed)[2], decode_image(pictures[2], 20))
-    assert list((tmp_path / "cache").iterdir()) == [changed]  # the old one is gone
-    other = build_image_cache(pictures, 24, tmp_path / "cache", 0, False)
-    assert changed.exists()
-    assert np.load(other).shape == (5, 24, 24, 3)
-
-
-def test_unreadable_pictures_leave_no_cache(pictures, tmp_path):
-    for file in pictures[1:4]:
-        file.write_bytes(b"no picture")
-    with pytest.raises(InputError, match=r"1\.png cannot be read .* \(and 2 more pictures\)"):
-        build_image_cache(pictures, 20, tmp_path / "cache", 2, False)
-    assert list((tmp_path / "cache").iterdir()) == []
-
-
-def test_an_interrupted_build_leaves_no_cache(pictures, tmp_path, monkeypatch):
-    def interrupted(file, side):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(dataset, "decode_image", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        build_image_cache(pictures, 20, tmp_path / "cache", 1, False)
-    assert list((tmp_path / "cache").iterdir()) == []
-
-
-def test_a_full_disk_is_refused_before_anything_is_written(pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset.shutil, "disk_usage", lambda folder: SimpleNamespace(free=5 * 20 * 20 * 3 - 1))
-    with pytest.raises(InputError, match="--cache_path, or --cache_images false"):
-        build_image_cache(pictures, 20, tmp_path / "cache", 0, False)
-    assert list((tmp_path / "cache").iterdir()) == []
 
 
 # ---- text -------------------------------------------------------------------------------------------------------

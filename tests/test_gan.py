@@ -585,9 +585,21 @@ def test_a_captions_file_is_no_list_of_captions(tmp_path):
         read_caption_list(tmp_path / "list.txt")
 
 
-def test_a_ratio_too_small_for_the_batch_is_refused(with_gan):
+def test_a_ratio_too_small_for_the_batch_is_refused(with_gan, monkeypatch):
     with pytest.raises(InputError, match="gan_ratio is 0.2"):
         Trainer(with_gan(gan_ratio=0.2, batch_size=4))
+    pairs = Trainer(with_gan(gan_ratio=0.25, batch_size=8)).generated
+    monkeypatch.setattr("generated.world", lambda: True)
+    monkeypatch.setattr("generated.dist.get_world_size", lambda: 2)  # four real pictures for each
+    with pytest.raises(InputError, match="a process's batch of 4 is fewer than two"):
+        type(pairs)(pairs.config, load_splits(pairs.config)["train"], None, None, None)
+
+
+def test_more_pictures_than_memory_are_refused(tiny_config, trained_run, refused, monkeypatch):
+    monkeypatch.setattr(gan, "MOST_BYTES", 24 * 32 * 32 * 3 - 1)
+    assert "the GAN keeps all pictures in memory, of 24 at 32 pixels" in refused(
+        gan.main, ["--run", trained_run, *words(TINY)]
+    )
 
 
 def test_a_group_with_a_caption_of_a_photograph_belongs_to_it(tiny_config):

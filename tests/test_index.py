@@ -165,6 +165,26 @@ def test_failed_write_leaves_the_old_index_and_no_remains(run, gallery, monkeypa
     assert list(run.folder.iterdir()) == [path]
 
 
+def test_a_long_work_that_is_stopped_is_not_lost(run, gallery, embedded, monkeypatch):
+    monkeypatch.setattr(index, "BLOCK", 2)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(index, "write_index", stopping(index.write_index))
+        refresh(run, gallery)
+    assert embedded == ["a.jpg", "b.PNG"]
+    embedded.clear()
+    found = refresh(run, gallery)
+    assert embedded == ["c.webp", "d.jpg"]
+    check_vectors(run, gallery, found)
+
+
+def stopping(function):
+    def stop(*arguments):
+        function(*arguments)
+        raise KeyboardInterrupt
+
+    return stop
+
+
 def test_captions_are_embedded_once(run, tmp_path, monkeypatch):
     captions, calls, embed = ["a dog", "two cats"], [], index.embed_captions
     monkeypatch.setattr(index, "embed_captions", lambda m, c, **more: calls.append(list(c)) or embed(m, c, **more))

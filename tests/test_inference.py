@@ -231,9 +231,9 @@ def test_evaluate_one_run_and_an_ensemble(run, sample, tmp_path, capsys, tiny_mo
     paths = ["--image_path", sample["image_path"], "--captions_path", sample["captions_path"]]
     found = search(capsys, "--evaluate", *paths, "--run", run)
     both = search(capsys, "--evaluate", *paths, "--run", run, "other")
-    from dataset import make_pairs, read_captions
+    from dataset import captions_by_image, make_pairs, read_captions
 
-    pairs = make_pairs(read_captions(sample["captions_path"]), sample["image_path"])
+    pairs = make_pairs(captions_by_image(read_captions(sample["captions_path"])), sample["image_path"])
     models = [open_run(run).model, open_run("other").model]
     images, texts = (
         [f(m, v) for m in models] for f, v in ((embed_images, pairs.files), (embed_captions, pairs.captions))
@@ -336,3 +336,9 @@ def test_pipe_that_closes_early_still_leaves_the_picture(run, gallery):
 
 def test_no_run_at_all(refused):
     assert "no trained run in runs/" in refused(main, ["a dog"])
+
+
+def test_a_sentence_longer_than_any_file_name_is_one(trained_run, tmp_path, sample):
+    long = "a red ring and " * 40
+    main(["--run", str(trained_run), long, "--images", sample["image_path"], "--output", "m.png"])
+    assert (tmp_path / "m.png").exists()

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import tiny_settings
+from conftest import draw_picture, flags, tiny_settings
 
+import main
 from config import Config, InputError
 from dataset import SPLIT_FILES, load_splits, read_captions
 from shapes import COLOURS, GROUNDS, SIDE, all_scenes, captions_of, draw_sample, draw_scene, read_caption
@@ -103,3 +104,11 @@ def test_more_pictures_than_scenes_are_refused_before_any_is_drawn(tmp_path):
     with pytest.raises(InputError, match=f"sample_images is {most + 1}: at most {most} can be drawn"):
         draw_sample(tmp_path / "Images", tmp_path / "captions.txt", most + 1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_sample_is_not_drawn_among_other_pictures(tmp_path, tiny_config, refused):
+    draw_picture(tmp_path / "own/Images/dog.jpg")
+    config = tiny_config(image_path="own/Images", captions_path="own/caption.csv", sample_images=12)
+    line = refused(main.main, flags(config))
+    assert "captions_path is own" in line and "where dog.jpg lies" in line
+    assert [file.name for file in (tmp_path / "own").rglob("*")] == ["Images", "dog.jpg"]

@@ -42,11 +42,12 @@ def no_pictures(monkeypatch):
     monkeypatch.setattr(training, "draw_queries", lambda *_: None)
 
 
-def start(*words, output):
+def start(*words, output, **options):
     """A Python process in the current folder, its output going to a file."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+    command = [sys.executable, *map(str, words)]
     with open(output, "a", encoding="utf-8") as file:
-        return subprocess.Popen([sys.executable, *map(str, words)], stdout=file, stderr=file, env=environment)
+        return subprocess.Popen(command, stdout=file, stderr=file, env=environment, **options)
 
 
 def outcome(folder):
@@ -124,6 +125,38 @@ def test_a_run_killed_five_times_equals_the_uninterrupted_one(tiny_config, unint
     assert start(*words, output=output).wait() == 0, output.read_text(encoding="utf-8")
     assert output.read_text(encoding="utf-8").count("resuming") == 5
     assert_identical(config.run, uninterrupted)
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="Windows knows no process groups")
+def test_a_process_group_told_to_end_leaves_a_checkpoint(tiny_config, tmp_path):
+    config, output = tiny_config(**{**EXACT, "epochs": 1000}, num_workers=2), tmp_path / "output.txt"
+    process = start(ROOT / "main.py", *flags(config), output=output, start_new_session=True)
+    wait_for_checkpoints(process, Path(config.run) / "last.pt", 3)
+    os.killpg(process.pid, signal.SIGTERM)  # the loader's processes, too, as batch systems do
+    assert process.wait(timeout=60) == 130, output.read_text(encoding="utf-8")
+    text = output.read_text(encoding="utf-8")
+    assert f"stopped; to go on: python main.py --resume --run {config.run}" in text
+    assert "Traceback" not in text
+
+
+def test_a_run_stopped_before_its_first_step_says_so(tiny_config, monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "open_images", stop)
+    with pytest.raises(SystemExit) as exit:
+        main.main(flags(tiny_config()))
+    assert exit.value.code == 130
+    assert "stopped; before the first step" in capsys.readouterr().out
+
+
+def test_a_picture_with_very_many_captions_is_named(tiny_config, data_set, capsys):
+    captions = {f"{n}.jpg": ["A dog ."] for n in range(24)} | {"many.jpg": [f"Cat {n} ." for n in range(30)]}
+    paths = data_set(captions, train=list(captions)[4:], dev=list(captions)[:4])
+    Trainer(tiny_config(**paths))
+    assert "many.jpg has 30 captions, which makes 30 batches of 1 images" in capsys.readouterr().err
+    Trainer(tiny_config(**paths, captions_per_image=5, run="other"))
+    assert "many.jpg" not in capsys.readouterr().err
 
 
 class PowerCut(Exception):
