@@ -245,7 +245,8 @@ class Trainer:
     def build_loader(self):
         pairs, config = self.splits["train"], self.config
         tokens = TokenStore(self.model.tokenizer, pairs.captions, self.model.max_length)
-        frozen = [self.features.get((encoder, "train")) for encoder in ("image", "text")]
+        # Those of the training split wait in the computer's memory: there may be many.
+        frozen = [self.features.pop((encoder, "train"), None) for encoder in ("image", "text")]
         frozen = [None if features is None else features.cpu() for features in frozen]
         dataset = TrainingPairs(pairs, self.stores["train"], tokens, self.model.tokenizer.pad_token_id, config, *frozen)
         sampler = PairSampler(pairs, config, self.rank, self.processes)
