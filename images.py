@@ -114,10 +114,12 @@ def build_image_cache(files, side, folder, num_workers=4, show_progress=True):
         errors = write_image_cache(temporary, files, side, num_workers, show_progress)
         if errors:
             raise InputError(describe_unreadable(errors, folder))
-        for old in folder.glob(f"{place}-*.np[yz]"):  # the same pictures before they were changed
-            with contextlib.suppress(OSError):  # still open somewhere (Windows)
-                old.unlink()
-        np.savez(path.with_suffix(".npz"), digests=digests)
+        for old in folder.glob(f"{place}-*"):  # the same pictures before they were changed
+            if old.suffix != ".tmp":
+                with contextlib.suppress(OSError):  # still open somewhere (Windows)
+                    old.unlink()
+        with open(path.with_suffix(".digests"), "wb") as file:
+            np.save(file, digests)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -136,9 +138,9 @@ def find_cache(digests, side, folder):
     """A `Cache` in the folder that holds all these pictures, or None."""
     for path in sorted(folder.glob(f"images-{side}-*.npy")):
         try:
-            with np.load(path.with_suffix(".npz")) as content:
-                held = content["digests"]
-        except (OSError, ValueError, KeyError):
+            with open(path.with_suffix(".digests"), "rb") as file:
+                held = np.load(file)
+        except (OSError, ValueError, EOFError):
             continue
         order = np.argsort(held)
         rows = order[np.searchsorted(held, digests, sorter=order).clip(max=len(held) - 1)]

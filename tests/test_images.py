@@ -99,11 +99,11 @@ def test_the_cache_is_built_once_and_again_when_a_picture_changes(pictures, tmp_
     changed = build_image_cache(pictures, 20, folder, 0, False).path
     assert changed != path
     assert np.array_equal(np.load(changed)[2], decode_image(pictures[2], 20))
-    assert set(folder.iterdir()) == {changed, changed.with_suffix(".npz")}  # the old one is gone
+    assert set(folder.iterdir()) == {changed, changed.with_suffix(".digests")}  # the old one is gone
     other = build_image_cache(pictures, 24, folder, 0, False).path
     assert changed.exists()
     assert np.load(other).shape == (5, 24, 24, 3)
-    changed.with_suffix(".npz").write_bytes(b"damaged")
+    changed.with_suffix(".digests").write_bytes(b"damaged")
     assert np.array_equal(np.load(build_image_cache(pictures, 20, folder, 0, False).path), np.load(changed))
 
 
