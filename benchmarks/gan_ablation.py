@@ -359,11 +359,27 @@ def table(results, seeds):
             elif len(seeds) < ENOUGH:
                 row[figure] += " (too few seeds)"
             else:
-                differences = [by_seed[seed][figure] - results["real"][seed][figure] for seed in seeds]
-                mean, half = interval(differences)
-                row[figure] += f" ({mean:+.2f} +- {half:.2f}{', *' if abs(mean) > half else ''})"
+                row[figure] += f" ({difference(by_seed, results['real'], figure, seeds)})"
         rows.append(row)
     return rows
+
+
+def difference(by_seed, reference, figure, seeds):
+    """The paired difference of a figure to that of the reference, with its interval, as text."""
+    mean, half = interval([by_seed[seed][figure] - reference[seed][figure] for seed in seeds])
+    return f"{mean:+.2f} +- {half:.2f}{', *' if abs(mean) > half else ''}"
+
+
+def against_blurred(results, seeds):
+    """For each arm with generated pictures its differences to `blurred`: what they bring that blurred real ones do not.
+
+    That an arm differs from `real` and `blurred` does not is no such comparison.
+    """
+    arms = [arm for arm in results if arm not in ("real", "captions", *CONTROLS)]
+    figures = results["blurred"][seeds[0]]
+    return {
+        arm: {figure: difference(results[arm], results["blurred"], figure, seeds) for figure in figures} for arm in arms
+    }
 
 
 def ensembles(config, folder, seeds, arm="pairs"):
@@ -436,6 +452,8 @@ def main(argv=None):
     more = {}
     if "pairs" in results and len(own.seeds) >= ENOUGH:
         more["ensembles"] = ensembles(config, folder, own.seeds)
+    if "blurred" in results and len(own.seeds) >= ENOUGH:
+        more["differences to blurred"] = against_blurred(results, own.seeds)
     rows = table(results, own.seeds)
     note = "paired differences to real with 95% intervals; *: the interval excludes zero"
     if len(own.seeds) < ENOUGH:
