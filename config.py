@@ -305,7 +305,10 @@ def parse_config(argv=None):
 
 
 def parse_flags(argv=None, prog="main.py", description="Train CLIP on captioned photographs.", shown=None):
-    """The settings a command line gives, presets first, as a dict; `--help` prints those `shown` (all) and exits."""
+    """The settings a command line gives, presets first, as a dict; `--help` prints all and exits.
+
+    shown: the settings that a run's command has, which are then the run's where they are not given; no presets.
+    """
     fields = dataclasses.fields(Config)
     parser = OneLineParser(
         prog=prog,
@@ -313,15 +316,17 @@ def parse_flags(argv=None, prog="main.py", description="Train CLIP on captioned 
         formatter_class=argparse.RawTextHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--preset", choices=sorted(PRESETS), help="several settings at once; flags beat it")
+    if shown is None:
+        parser.add_argument("--preset", choices=sorted(PRESETS), help="several settings at once; flags beat it")
     for field in fields:
         bare = {"nargs": "?", "const": "true"} if kind_of(field) is bool else {}
-        help_text = f"{field.metadata['meaning']} (default: {field.default!r})".replace("%", "%%")
+        default = repr(field.default) if shown is None else "the run's"
+        help_text = f"{field.metadata['meaning']} (default: {default})".replace("%", "%%")
         if shown is not None and field.name not in shown:
             help_text = argparse.SUPPRESS
         parser.add_argument(f"--{field.name}", metavar=kind_of(field).__name__, help=help_text, **bare)
     given = vars(parser.parse_args(sys.argv[1:] if argv is None else argv))
-    values = dict(PRESETS.get(given.pop("preset"), {}))
+    values = dict(PRESETS.get(given.pop("preset", None), {}))
     for field in fields:
         if given[field.name] is not None:
             values[field.name] = parse_value(field, given[field.name])
@@ -367,6 +372,12 @@ def read_json(path):
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no JSON object: is it from this program?")
     return content
+
+
+def gan_run_of(run):
+    """The folder of the run that has the GAN: for one trained with `--gan pairs` from nothing, that in it."""
+    run = Path(run)
+    return run / "first" if (run / "first" / "gan").exists() and not (run / "gan").exists() else run
 
 
 def progress_bar(iterable=None, **options):

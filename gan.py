@@ -9,6 +9,7 @@ Shapes: B images, Z width of the noise, D width of CLIP's shared space, C channe
 (B, 3, S, S) in [-1, 1].
 """
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -442,7 +443,10 @@ def describe(line, epochs):
 def learned_splits(config, seed):
     """The `Pairs` that a GAN learns from and is watched on, by "train" and "validation"; raises InputError."""
     splits = load_splits(dataclasses.replace(config, seed=seed))
-    splits = {name: pairs_naming(splits[name], config.gan_subset) for name in ("train", "validation")}
+    splits = {name: splits[name] for name in ("train", "validation")}
+    splits["train"] = pairs_naming(splits["train"], config.gan_subset)
+    with contextlib.suppress(InputError):  # too few of them: the GAN is watched on all
+        splits["validation"] = pairs_naming(splits["validation"], config.gan_subset)
     count = len(splits["train"].files)
     if config.gan_batch_size > count:
         raise InputError(f"gan_batch_size is {config.gan_batch_size}, but there are {count} training images")
@@ -471,7 +475,7 @@ def train_epoch(gan, clip, store, config, steps, bar):
 def check_finite(measured, step):
     for name, value in measured.items():
         if not torch.isfinite(value):
-            raise InputError(f"{name} is {value:.3f} at step {step}: lower --gan_lr; last.pt is from before")
+            raise InputError(f"the GAN's {name} is {value:.3f} at step {step}: start it anew with a lower --gan_lr")
 
 
 def save_checkpoint(gan, folder, history):
@@ -539,7 +543,8 @@ def resolve_config(argv=None):
     if not (folder / "config.json").exists():
         raise InputError(f"run is {folder}, which holds no run: train one with python main.py")
     saved, place = read_json(folder / "config.json"), folder / "gan" / "config.json"
-    if place.exists():
+    begun = (place.parent / "metrics.jsonl").exists() or (place.parent / "generator.safetensors").exists()
+    if place.exists() and (begun or given.get("resume")):  # one that stopped in its first epoch may be begun anew
         if not given.get("resume"):
             raise InputError(f"{place.parent} already holds a GAN: give --resume to continue it, or remove that folder")
         started = gan_settings(place.parent)

@@ -25,6 +25,7 @@ times as long as that of the first.
 
 import copy
 import os
+import re
 from functools import partial
 from pathlib import Path
 
@@ -33,7 +34,7 @@ import torch
 import torch.distributed as dist
 
 from clip import autocast, load_model, update_average, world
-from config import InputError
+from config import InputError, gan_run_of
 from dataset import TokenStore, load_splits, names_one_of, pad_tokens, read_lines
 from gan import (
     GAN,
@@ -55,7 +56,7 @@ COPY_DECAY = 0.99  # of the slow copy of CLIP, per step
 
 def gan_folder(config):
     """The run whose GAN is used: the one named, or the one that this run trains before itself."""
-    return Path(config.gan_run or Path(config.run) / "first")
+    return gan_run_of(config.gan_run) if config.gan_run else Path(config.run) / "first"
 
 
 def relative_path(path, folder):
@@ -81,12 +82,7 @@ class GeneratedPairs:
 
     def __init__(self, config, pairs, model, device, dtype):
         self.config, self.device, self.dtype = config, device, dtype
-        images = config.batch_size // (dist.get_world_size() if world() else 1)
-        if config.gan_ratio and round(config.gan_ratio * images) < 2:
-            raise InputError(
-                f"gan_ratio is {config.gan_ratio:g}, which of a process's batch of {images} is fewer than two "
-                "pictures: give a larger gan_ratio or batch_size, or --gan none"
-            )
+        check_settings(config)
         folder = gan_folder(config)
         self.told_by = conditioning_run(folder)
         self.judge = load_model(self.told_by, device).requires_grad_(False)
@@ -96,10 +92,7 @@ class GeneratedPairs:
         if config.gan_captions:
             captions, groups = read_caption_list(config.gan_captions)
             image_ids = group_captions(captions, groups, pairs)
-        known = (gan_settings(folder / "gan") or {}).get("gan_subset", "")
-        kept = [number for number, caption in enumerate(captions) if names_one_of(caption, known)]
-        if len(kept) < 2:
-            raise InputError(f"{len(kept)} captions name what the GAN of {folder} knows ({known}): give others")
+        kept = naming(captions, (gan_settings(folder / "gan") or {}).get("gan_subset", ""))
         captions, image_ids = [captions[number] for number in kept], [image_ids[number] for number in kept]
         self.image_ids = torch.as_tensor(image_ids, device=device)  # (T,)
         self.embeddings = embed_captions(self.judge, captions, description="embedding captions")  # (T, D)
@@ -185,9 +178,14 @@ class GeneratedPairs:
         return {"generated": made, "dropped_by_gate": made - kept}
 
     def state_dict(self):
-        return {"counts": self.counts}
+        return {"counts": self.counts, "captions": len(self.tokens), "embedded": self.embeddings.sum(0).cpu()}
 
     def load_state_dict(self, state):
+        same = state["captions"] == len(self.tokens) and torch.allclose(
+            state["embedded"], self.embeddings.sum(0).cpu(), atol=1e-2
+        )
+        if not same:
+            raise InputError("gan_captions holds other captions than the run was started with")
         self.counts.copy_(state["counts"])
 
 
@@ -212,6 +210,28 @@ def check_split(config, pairs):
         )
 
 
+def check_settings(config):
+    """Raise InputError for settings of generated pictures that cannot be, before anything is trained for them."""
+    images = config.batch_size // (dist.get_world_size() if world() else 1)
+    if config.gan_ratio and round(config.gan_ratio * images) < 2:
+        raise InputError(
+            f"gan_ratio is {config.gan_ratio:g}, which of a process's batch of {images} is fewer than two "
+            "pictures: give a larger gan_ratio or batch_size, or --gan none"
+        )
+    if config.gan == "joint" and not config.gan_run and config.gan_subset:
+        raise InputError("gan_subset is for --gan pairs: jointly, CLIP and the GAN learn from the same pictures")
+    if config.gan_captions:
+        naming(read_caption_list(config.gan_captions)[0], "" if config.gan_run else config.gan_subset)
+
+
+def naming(captions, words):
+    """The numbers of the captions that name one of a GAN's words, a list; raises InputError for fewer than two."""
+    kept = [number for number, caption in enumerate(captions) if names_one_of(caption, words)]
+    if len(kept) < 2:
+        raise InputError(f"{len(kept)} captions name what the GAN knows ({words}): give others")
+    return kept
+
+
 def read_caption_list(path):
     """The different captions of a text file and their groups; raises InputError.
 
@@ -222,7 +242,8 @@ def read_caption_list(path):
         raise InputError(f"gan_captions is {path}, which is not a file: give a text file with one caption a line")
     found = {}
     lines = read_lines(Path(path))
-    if lines and lines[0].strip().lower() in ("image,caption", "image\tcaption"):
+    first = lines[0].lower() if lines else ""
+    if first in ("image,caption", "image\tcaption") or re.match(r"[^\t]+\.\w+#\d+\t", first):
         raise InputError(f"gan_captions is {path}, which names images, too: give a text file with one caption a line")
     for line in lines:
         group, tab, caption = line.partition("\t")

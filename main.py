@@ -7,10 +7,20 @@ import this file again and stay light.
 import dataclasses
 import datetime
 import os
+import signal
 import sys
 from pathlib import Path
 
-from config import InputError, build_config, exit_on_input_error, format_config, parse_flags, read_json, write_json
+from config import (
+    InputError,
+    build_config,
+    exit_on_input_error,
+    format_config,
+    gan_run_of,
+    parse_flags,
+    read_json,
+    write_json,
+)
 
 # What may differ when a run is resumed: none of it changes what was learned (under the cosine schedule, another
 # number of epochs changes the learning rates of those to come).
@@ -18,6 +28,7 @@ MAY_CHANGE = {
     "run",
     "resume",
     "gan_run",
+    "gan_captions",
     "image_path",
     "captions_path",
     "cache_path",
@@ -48,7 +59,7 @@ def resolve_config(argv=None):
 
 def with_settings_of_gan(config, words):
     """The settings with those of the GAN that is there already; raises InputError if a flag asks for another."""
-    path = Path(config.gan_run) / "gan" / "config.json"
+    path = gan_run_of(config.gan_run) / "gan" / "config.json"
     settings = (read_json(path).get("settings") or {}) if path.exists() else {}
     settings = {name: settings[name] for name in MADE_WITH if name in settings}
     flags = {word.split("=")[0].removeprefix("--") for word in words}
@@ -90,17 +101,23 @@ def main(argv=None):
     if config.gan != "none":
         check_processes(config)
     chain = config.gan != "none" and not config.gan_run
-    if chain:
-        train_first(config)
+    before = signal.getsignal(signal.SIGTERM)
     try:
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+        if chain:
+            train_first(config)
         results = training.train(config)
-    except KeyboardInterrupt:  # before the first step or after the last: in between it ends with a checkpoint
-        begun = (Path(config.run) / "last.pt").exists()
+    except KeyboardInterrupt:  # before a first step or after the last: in between a training ends with a checkpoint
+        begun = any((Path(config.run) / name).exists() for name in ("last.pt", "first"))
         line = f"to go on: python main.py --resume --run {config.run}" if begun else "before the first step"
         print(f"\nstopped; {line}", flush=True)
         raise SystemExit(130) from None
-    if chain:
-        print(compare(read_json(Path(config.run) / "first" / "results.json"), results), flush=True)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    first = Path(config.run) / "first"
+    if chain and read_json(first / "config.json")["epochs"] == config.epochs:
+        print(compare(read_json(first / "results.json"), results), flush=True)
 
 
 def compare(first, second):
@@ -133,8 +150,7 @@ def train_first(config):
     import training
 
     # What is wrong with the later stages is said now, before anything is written.
-    if config.gan_captions:
-        generated.read_caption_list(config.gan_captions)
+    generated.check_settings(config)
     if config.sample_images:
         shapes.draw_sample(config.image_path, config.captions_path, config.sample_images)
     gan.learned_splits(config, config.seed)
@@ -149,11 +165,7 @@ def train_first(config):
             print(f"to go on with all three stages: python main.py --resume --run {config.run}", flush=True)
             raise
     print("\n==== 2 of 3: the GAN, told the captions by that CLIP ====", flush=True)
-    try:
-        gan.train_gan(first)
-    except KeyboardInterrupt:
-        print(f"\nstopped; to go on: python main.py --resume --run {config.run}", flush=True)
-        raise SystemExit(130) from None
+    gan.train_gan(first)
     print("\n==== 3 of 3: CLIP on real and generated pictures ====", flush=True)
 
 

@@ -45,11 +45,20 @@ from pictures import draw_queries
 from shapes import draw_sample
 
 
+class Stopped(Exception):
+    """A training was told to end, and has left a checkpoint."""
+
+
 def train(config):
     """Run a configured training from wherever its folder says it is; returns the final results."""
     config = start_processes(config)
     trainer = Trainer(config)
-    trainer.fit()
+    try:
+        trainer.fit()
+    except Stopped:
+        if is_first_process():
+            print(f"\nstopped; to go on: python main.py --resume --run {config.run}", flush=True)
+        raise SystemExit(130) from None
     results = trainer.report()
     if dist.is_initialized():  # not after an error: it would wait for processes that wait for this one
         dist.destroy_process_group()
@@ -183,6 +192,11 @@ class Trainer:
         self.best_rsum, self.history = -1.0, []
         self.generated = generated_pairs(config, self.splits["train"], self.model, self.device, self.dtype)
         self.stop_requested = False
+        steps = config.epochs * self.sampler.batches
+        if self.generated and config.gan_ratio and not any(map(self.generated.is_active, np.arange(steps) / steps)):
+            raise InputError(
+                f"gan_start is {config.gan_start:g}, gan_end {config.gan_end:g}: none of the {steps} steps lies there"
+            )
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "config.json", {**vars(config), "resume": False})
@@ -264,16 +278,14 @@ class Trainer:
     # ---- training
 
     def fit(self):
-        """Train the epochs that are left; Ctrl-C (or SIGTERM) ends after the current step, with a checkpoint."""
+        """Train the epochs that are left; Ctrl-C or SIGTERM end after the current step with a checkpoint: `Stopped`."""
         handlers = {number: signal.signal(number, self.request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             while self.epoch < self.config.epochs:
                 self.train_epoch()
                 if self.stop_requested:
                     self.save_checkpoint()
-                    if self.rank == 0:
-                        print(f"\nstopped; to go on: python main.py --resume --run {self.config.run}", flush=True)
-                    raise SystemExit(130)
+                    raise Stopped
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)

@@ -111,9 +111,9 @@ def spread(values, digits=2):
 # ---- results ----------------------------------------------------------------------------------------------------
 
 
-def report(name, rows, details=None, **more):
-    """Print the rows (dicts with the same keys) as a Markdown table and write them to results/, with `more` and, not
-    printed, the dict `details`.
+def report(name, rows, details=None, folder=None, **more):
+    """Print the rows (dicts with the same keys) as a Markdown table and write them to results/ (or `folder`), with
+    `more` and, not printed, the dict `details`.
     """
     columns = list(rows[0])
     print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
@@ -129,9 +129,10 @@ def report(name, rows, details=None, **more):
         **more,
         **(details or {}),
     }
-    folder = ROOT / "benchmarks" / "results"
+    folder = Path(folder or ROOT / "benchmarks" / "results")
     folder.mkdir(exist_ok=True)
     write_json(folder / f"{name}.json", content)
+    print(f"written to {folder / name}.json")
 
 
 def hardware():

@@ -64,6 +64,7 @@ from zero_shot import embedding_logits  # noqa: E402
 
 ARMS = ("real", "pairs", "shuffled", "blurred", "captions", "new_captions", "sentences", "joint")
 ENOUGH = 5  # seeds
+OWN = {"run", "resume", "seed", "gan", "gan_run", "gan_captions"}  # settings of the arms
 FIRST_SEED = 1000  # of the CLIP whose GAN is used: none of the arms' seeds
 NEW_CAPTIONS = 2000
 VALIDATION, TEST = 200, 400  # images drawn for each
@@ -428,6 +429,8 @@ def main(argv=None):
     parser.add_argument("--folder", default="runs/ablation", help="where the runs are kept (default: runs/ablation)")
     own, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     given = parse_flags(rest)
+    for name in OWN & given.keys():
+        raise InputError(f"{name} is set for each arm by the benchmark: drop the flag")
     config = build_config(given if "image_path" in given else {**parse_flags(["--preset", "demo"]), **given})
     if not 0 < own.share <= 1 or (own.held_out and not config.sample_images):
         raise InputError("share must lie between 0 and 1, and combinations are held out of the drawn data set only")
@@ -436,7 +439,10 @@ def main(argv=None):
         raise InputError("seeds, data_seed and held_out must be at least 0")
     if FIRST_SEED in own.seeds:
         raise InputError(f"seed {FIRST_SEED} is that of the CLIP whose GAN is used: give others")
-    folder = Path(own.folder) / f"share-{own.share:g}-held-out-{own.held_out}-data-{own.data_seed}"
+    name = f"share-{own.share:g}-held-out-{own.held_out}-data-{own.data_seed}"
+    if not config.sample_images:
+        name = f"{Path(config.image_path).resolve().parent.name}-{name}"
+    folder = Path(own.folder) / name
     # Sentences that no photograph has can be written for drawn scenes alone; held out, `pairs` already has them.
     possible = [arm for arm in ARMS if arm != "sentences" or (config.sample_images and not own.held_out)]
     if "sentences" in (own.arms or ()) and "sentences" not in possible:
@@ -446,7 +452,7 @@ def main(argv=None):
     config = dataclasses.replace(config, **data)
     try:
         results = run_arms(dict.fromkeys(["real", *(own.arms or possible)]), own.seeds, config, folder)
-    except (KeyboardInterrupt, SystemExit):  # a training that is stopped exits by itself
+    except (KeyboardInterrupt, SystemExit, training.Stopped):
         print("\nstopped; the same command goes on here", flush=True)
         raise SystemExit(130) from None
     more = {}
@@ -459,7 +465,8 @@ def main(argv=None):
     if len(own.seeds) < ENOUGH:
         note = f"{len(own.seeds)} seeds: no conclusion is drawn from fewer than {ENOUGH}"
     details = {"runs": results}
-    report(f"gan_ablation-{folder.name}", rows, details, note=note, seeds=own.seeds, settings=rest, **more)
+    place = folder if len(own.seeds) < ENOUGH else None  # what concludes nothing takes no place among the results
+    report(f"gan_ablation-{name}", rows, details, place, note=note, seeds=own.seeds, settings=rest, **more)
 
 
 if __name__ == "__main__":

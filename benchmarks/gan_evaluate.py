@@ -27,7 +27,7 @@ from common import report  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from clip import load_model, setup_device  # noqa: E402
-from config import InputError, OneLineParser, exit_on_input_error  # noqa: E402
+from config import InputError, OneLineParser, exit_on_input_error, gan_run_of  # noqa: E402
 from dataset import load_splits, pairs_of, resize_image  # noqa: E402
 from gan import PictureStore, conditioning_run, generate, load_generator, resize_pictures  # noqa: E402
 from index import embed_captions  # noqa: E402
@@ -184,6 +184,7 @@ def evaluate(run, judge_run, device, seed=0, places=None):
 
     places: settings that say where the data are now (image_path, captions_path).
     """
+    run = gan_run_of(run)
     clip, judge = load_model(conditioning_run(run), device), load_model(judge_run, device)
     if clip.config.seed == judge.config.seed:
         raise InputError(f"run and judge were both trained with seed {clip.config.seed}: a judge needs another")
@@ -259,7 +260,8 @@ def main(argv=None):
     with torch.no_grad():
         places = {name: value for name in PLACES if (value := getattr(arguments, name))}
         rows, pictures = evaluate(arguments.run, arguments.judge, device, places=places)
-    report("gan_evaluate", rows, pictures=pictures, run=arguments.run, judge=arguments.judge)
+    names = {"run": arguments.run, "judge": arguments.judge}
+    report("gan_evaluate", rows, folder=gan_run_of(arguments.run) / "gan", pictures=pictures, **names)
 
 
 if __name__ == "__main__":

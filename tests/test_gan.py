@@ -248,6 +248,16 @@ def test_a_training_stopped_in_its_first_epoch_goes_on_as_it_was_asked_for(train
     assert gan.load_generator("run/gan").architecture.generator == "style"
 
 
+def test_a_gan_that_diverged_at_once_is_begun_anew(trained_run, tmp_path, refused, monkeypatch):
+    shutil.copytree(trained_run, tmp_path / "run")
+    with monkeypatch.context() as patched:
+        patched.setattr(gan.GAN, "train_step", lambda *_: {"discriminator_loss": torch.tensor(math.nan)})
+        line = refused(gan.main, ["--run", "run", *words(TINY)])
+    assert "the GAN's discriminator_loss is nan" in line and "lower --gan_lr" in line
+    gan.main(["--run", "run", *words({**TINY, "gan_lr": 5e-4})])
+    assert gan.gan_settings("run/gan")["gan_lr"] == 5e-4
+
+
 def test_a_gan_that_is_told_to_end_keeps_its_last_whole_epoch(trained_run, tmp_path, monkeypatch, capsys):
     shutil.copytree(trained_run, tmp_path / "run")
     train_epoch, handler = gan.train_epoch, signal.getsignal(signal.SIGTERM)
@@ -272,7 +282,8 @@ def test_help_shows_the_settings_of_a_gan_alone(capsys):
     printed = capsys.readouterr().out
     assert "usage: gan.py" in printed
     assert "--gan_width" in printed and "--run" in printed
-    assert "--micro_batch_size" not in printed and "--gan_ratio" not in printed
+    assert "--micro_batch_size" not in printed and "--gan_ratio" not in printed and "--preset" not in printed
+    assert "(default: the run's)" in printed
 
 
 def test_lost_files_of_a_gan_are_written_again_or_missed(gan_run, tmp_path, refused):
@@ -571,6 +582,7 @@ def test_chain_trains_clip_gan_and_clip_and_does_nothing_twice(tiny_config, tmp_
     before = [path.stat().st_mtime_ns for path in done]
     main.main(["--resume", "--run", "run", "--epochs", "2"])
     assert [path.stat().st_mtime_ns for path in done] == before
+    assert "real pictures only" not in capsys.readouterr().out  # the two have not been trained alike
     assert len((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 2
 
 
@@ -581,6 +593,9 @@ def test_several_processes_do_not_train_one_gan(tiny_config, monkeypatch, refuse
 
 def test_a_captions_file_is_no_list_of_captions(tmp_path):
     (tmp_path / "list.txt").write_text("image,caption\na.jpg,A dog\nb.jpg,A cat\n")
+    with pytest.raises(InputError, match="names images, too"):
+        read_caption_list(tmp_path / "list.txt")
+    (tmp_path / "list.txt").write_text("my a.jpg#0\tA dog\na.jpg#1\tA cat\n")
     with pytest.raises(InputError, match="names images, too"):
         read_caption_list(tmp_path / "list.txt")
 
@@ -611,12 +626,49 @@ def test_a_group_with_a_caption_of_a_photograph_belongs_to_it(tiny_config):
     assert found[0] == found[3] < 0
 
 
-@pytest.mark.parametrize("change", [{"gan_batch_size": 500}, {"gan_subset": "zebra"}, {"image_path": "nowhere"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"gan_batch_size": 500},
+        {"gan_subset": "zebra"},
+        {"image_path": "nowhere"},
+        {"gan_ratio": 0.05},
+        {"gan": "joint", "gan_subset": "ring"},
+    ],
+)
 def test_what_is_wrong_with_the_gan_is_said_before_anything_is_written(tiny_config, tmp_path, refused, change):
-    config = tiny_config(gan="pairs", run="run", **{**TINY, **change})
-    (value,) = change.values()
+    config = tiny_config(**{"gan": "pairs", "run": "run", **TINY, **change})
+    value = list(change)[-1]
     assert str(value) in refused(main.main, flags(config))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_list_without_the_subsets_words_is_refused_before_anything_is_trained(tiny_config, tmp_path, refused):
+    (tmp_path / "list.txt").write_text("A dog .\nA cat .\nA ring .\n")
+    config = tiny_config(gan="pairs", gan_captions="list.txt", gan_subset="ring", **TINY)
+    assert "1 captions name what the GAN knows (ring)" in refused(main.main, flags(config))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_part_of_the_training_without_a_step_is_refused(with_gan):
+    with pytest.raises(InputError, match="none of the 15 steps lies there"):
+        Trainer(with_gan(epochs=1, gan_start=0.41, gan_end=0.45))
+
+
+def test_a_chains_gan_is_found_in_its_run(with_gan, gan_run, tmp_path):
+    shutil.copytree(gan_run, tmp_path / "chain" / "first")
+    assert Trainer(with_gan(gan_run="chain")).generated.told_by == Path("chain/first")
+
+
+def test_a_list_of_captions_may_be_moved_but_not_changed(with_gan, tmp_path, refused):
+    lines = [f"A {colour} {shape} on snow ." for colour in ("red", "blue") for shape in ("ring", "box", "plus")]
+    (tmp_path / "a.txt").write_text("\n".join(lines) + "\n")
+    main.main(flags(with_gan(gan_captions="a.txt", gan_gate=100, epochs=1)))
+    (tmp_path / "a.txt").rename(tmp_path / "b.txt")
+    main.main(["--resume", "--run", "run", "--epochs", "2", "--gan_captions", "b.txt"])
+    (tmp_path / "b.txt").write_text("\n".join(lines[:-1] + ["A cat ."]) + "\n")
+    line = refused(main.main, ["--resume", "--run", "run", "--epochs", "3", "--gan_captions", "b.txt"])
+    assert "gan_captions holds other captions" in line
 
 
 def test_a_missing_list_of_captions_is_refused_before_anything_is_trained(tiny_config, tmp_path, refused):

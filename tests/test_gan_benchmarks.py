@@ -154,7 +154,7 @@ def small_words(tmp_path, monkeypatch):
 
 
 def keep_in(saved):
-    return lambda name, rows, details, **more: saved.update(rows=rows, **details, **more)
+    return lambda name, rows, details, place, **more: saved.update(rows=rows, **details, **more)
 
 
 def test_whole_benchmark_in_small(tmp_path, monkeypatch, small_words):
@@ -228,6 +228,7 @@ def stop(*_):
         (["--seeds", "-1"], "must be at least 0"),
         (["--data_seed", "-1"], "must be at least 0"),
         (["--share", "0"], "share must lie"),
+        (["--gan_run", "runs/x"], "gan_run is set for each arm"),
     ],
 )
 def test_ablation_refuses_what_it_cannot_do(tmp_path, small_words, refused, own, line):
