@@ -1,7 +1,10 @@
-"""Search with a trained run, in every direction: `python inference.py "two dogs on the grass"`, `--help` for the rest.
+"""Search with a trained run: `python inference.py "two dogs on the grass"`; `--help` lists the options.
 
-Sentences find pictures, a picture finds captions and pictures like it, labels are told apart, and all of it is
-evaluated. Pictures and captions are embedded once and kept in an index beside the run.
+Sentences find images, an image finds captions and similar images, labels classify an image, and a captions file
+evaluates the run. Embeddings are computed once and kept in an index beside the run. From Python:
+
+    from inference import Searcher
+    Searcher("runs/demo").search("a red ring on grass", n=3)
 """
 
 import json
@@ -9,466 +12,387 @@ import os
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
+from config import InputError, OneLineParser
+from utils.cli import exit_on_input_error
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+PLOT_SUFFIXES = (".png", ".jpg", ".webp", ".pdf", ".svg")
+
+
+def parse_arguments(argv=None):
+    """The checked command line; raises InputError."""
+    parser = OneLineParser(prog="inference.py", description="Search images with a trained run.", allow_abbrev=False)
+    add = parser.add_argument
+    add("query", nargs="*", help="what the image should show; each sentence is a separate query")
+    add("--run", nargs="+", metavar="FOLDER", help="trained run (default: the newest in runs/); several: an ensemble")
+    add("--images", metavar="FOLDER", help="images to search, with subfolders (default: the run's test images)")
+    addend = {"action": "append", "default": [], "metavar": "X"}
+    add("--plus", **addend, help="add a sentence or an image file to the query; 0.5:X weights it")
+    add("--minus", **addend, help="subtract a sentence or an image file from the query; 0.5:X weights it")
+    add_one_of = parser.add_mutually_exclusive_group().add_argument
+    add_one_of("--image", metavar="FILE", help="find the best captions for an image, and similar images")
+    add_one_of("--evaluate", action="store_true", help="compute retrieval metrics on a captions file")
+    add_one_of("--zero_shot", metavar="PATH", help="accuracy on one subfolder per label, or on a CSV image,label")
+    add("--labels", metavar="A,B,...", help="with --image: classify it; with --zero_shot: the labels (default: all)")
+    add("--template", action="append", help='prompt for a label, e.g. "a photo of a {}"; may be given several times')
+    add("--image_path", metavar="FOLDER", help="image folder for --evaluate, or for the CSV of --zero_shot")
+    add("--captions_path", metavar="FILE", help="captions for --evaluate or --image (default: the run's)")
+    add("--n", type=int, help="number of results, 1 or more (default: 9, or all if there are fewer)")
+    add("--output", default="matches.png", help=f"plot, {', '.join(PLOT_SUFFIXES)} (default: %(default)s)")
+    add("--json", action="store_true", help="print JSON")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
+    arguments = parser.parse_args(argv)
+    asked = arguments.query or arguments.image or arguments.evaluate or arguments.zero_shot
+    if arguments.run and not asked:  # --run runs/x "a dog": argparse takes the sentence for another run
+        first, *others = arguments.run
+        folders = [word for word in others if os.path.isdir(word) or "/" in word or "\\" in word]
+        arguments.query = [word for word in others if word not in folders]
+        arguments.run = [first, *folders]
+    check_arguments(arguments)
+    return arguments
+
+
+def check_arguments(a):
+    """Raise InputError for a value, or a combination of flags, that is not allowed."""
+    output = Path(a.output)
+    if output.suffix.lower() not in PLOT_SUFFIXES or not output.parent.is_dir() or output.is_dir():
+        raise InputError(f"output is {a.output}: give a {', '.join(PLOT_SUFFIXES)} file in an existing folder")
+    if a.n is not None and a.n < 1:
+        raise InputError(f"n is {a.n}: give 1 or more")
+    if a.images == "":
+        raise InputError("images is empty: give a folder of images, or drop --images")
+    if a.query and (a.evaluate or a.zero_shot):
+        raise InputError(f"{'--evaluate' if a.evaluate else '--zero_shot'} cannot be combined with a sentence")
+    if a.query and a.image:
+        raise InputError("give a sentence or --image; to combine them: a sentence and --plus IMAGE")
+    if a.evaluate and not (a.image_path and a.captions_path):
+        raise InputError("--evaluate needs --image_path and --captions_path")
+    if a.evaluate or a.zero_shot or a.image:
+        return
+    if a.labels is not None:
+        raise InputError("--labels needs --image or --zero_shot")
+    if not a.query or not all(sentence.strip() for sentence in a.query):
+        taken = f" ({a.run[-1]!r} was read as a run)" if a.run and len(a.run) > 1 else ""
+        raise InputError(f'the query is empty{taken}: python inference.py "two dogs on the grass"')
+    for sentence in a.query:
+        if is_image_name(sentence) and os.path.isfile(sentence):
+            raise InputError(f"the query is {sentence}, an image: give --image {sentence}")
+
+
+def is_image_name(name):
+    return Path(name).suffix.lower() in IMAGE_SUFFIXES
+
+
+if __name__ == "__main__":
+    exit_on_input_error(parse_arguments)()  # before the heavy imports: --help and bad flags are answered at once
+
 import torch
 
-from calibration import calibration_of, threshold
-from clip import read_saved, retrieval_metrics, setup_device
-from config import InputError, OneLineParser, build_config, exit_on_input_error
-from dataset import captions_by_image, check_files, load_splits, make_pairs, read_captions
-from index import (
-    PICTURES,
-    embed_captions,
-    embed_images,
-    index_captions,
-    index_pictures,
-    open_run,
-    scan_pictures,
-    stamp_array,
-    stamp_of,
-)
-from pictures import MATCH, WEAK, draw_bars, draw_confusion, draw_grid
-from zero_shot import TEMPLATES, evaluate_labels, label_logits, parse_labels, read_labelled
+from clip import format_metrics, load_model, retrieval_metrics
+from dataset import EvaluationImages, ImageStore, captions_by_image, check_files, make_pairs
+from utils.captions import read_captions
+from utils.device import setup_device
+from utils.embed import embed_captions, encode_dataset
+from utils.image_cache import storage_resolution
+from utils.plotting import MATCH, WEAK, plot_bars, plot_confusion, plot_grid
+from utils.runs import newest_run
 
-FORMATS = (".png", ".jpg", ".webp", ".pdf", ".svg")  # of the picture written
-MOST_ROWS = 60  # of a grid: beyond, the picture would be larger than matplotlib can draw
-MOST_BARS = 20  # of a chart
+
+def embed_images(model, image_files, batch_size=64, amp_dtype=None, desc="embedding images", failed=None):
+    """(N, D) unit vectors of N image files, float32, on the model's device; raises InputError.
+
+    With a dict `failed`, unreadable images are recorded there instead, {position: reason}.
+    """
+    size = model.config.size
+    store = ImageStore([Path(file) for file in image_files], storage_resolution(size))
+    images = EvaluationImages(store, range(len(store)), size, failed)
+    return encode_dataset(model.encode_image, images, model.device, amp_dtype, batch_size, desc=desc)
 
 
 def find_matches(model, image_embeddings, query, image_filenames, n=9):
-    """The n best matching images as (filename, cosine similarity) pairs, the best first; raises InputError."""
+    """The n best matching images of N unit vectors (N, D) as (filename, cosine similarity) pairs; raises InputError."""
     if not query.strip():
-        raise InputError("the query is empty: say what the picture should show")
+        raise InputError("the query is empty: describe what the image should show")
     if len(image_embeddings) != len(image_filenames):
         raise ValueError(f"{len(image_embeddings)} embeddings and {len(image_filenames)} filenames")
     if not 1 <= n <= len(image_filenames):
-        raise InputError(f"n is {n}, with {len(image_filenames)} pictures to search: give --n from 1 to that many")
+        raise InputError(f"n is {n}, with {len(image_filenames)} images to search: give 1 to {len(image_filenames)}")
     scores = image_embeddings @ embed_captions(model, [query])[0].to(image_embeddings.device)
     best = scores.topk(n)
-    return [(image_filenames[i], s) for i, s in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+    return [(image_filenames[i], score) for i, score in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
 
 
-# ---- queries ----------------------------------------------------------------------------------------------------
+class Searcher:
+    """Finds images for sentences and images, and captions for images; raises InputError.
 
-
-@dataclass
-class Query:
-    """A weighted sum of sentences and pictures: parts of (weight, sentence or Path); `text` is how it is shown."""
-
-    text: str
-    parts: list
-
-    @property
-    def is_sentence(self):
-        return len(self.parts) == 1 and isinstance(self.parts[0][1], str)
-
-    @property
-    def pictures(self):
-        return [value for _, value in self.parts if isinstance(value, Path)]
-
-
-def build_queries(arguments):
-    """The queries of a command line: each sentence, or else the picture, with what --plus and --minus add to it."""
-    extra = [parse_part(text, 1) for text in arguments.plus] + [parse_part(text, -1) for text in arguments.minus]
-    starts = list(arguments.query) or ([Path(arguments.image)] if arguments.image else [])
-    if not starts or any(not str(start).strip() for start in starts):
-        taken = f" ({arguments.run[-1]!r} was taken for a run)" if arguments.run and len(arguments.run) > 1 else ""
-        raise InputError(f'the query is empty{taken}: python inference.py "two dogs on the grass"')
-    for start in arguments.query:
-        if Path(start).suffix.lower() in PICTURES and os.path.isfile(start):
-            raise InputError(f"the query is {start}, a picture: give --image {start}")
-    suffix = "".join(f" {'+' if w > 0 else '-'} {shown(value, abs(w))}" for w, value in extra)
-    return [Query(shown(start, 1) + suffix, [(1.0, start), *extra]) for start in starts]
-
-
-def parse_part(text, sign):
-    """(weight, sentence or Path) of an addend: `people`, `0.5:people`, `photo.jpg`, `0.5:photo.jpg`."""
-    weighted = re.fullmatch(r"(\d+\.?\d*|\.\d+):(.*)", text, re.DOTALL)
-    weight, value = (float(weighted[1]), weighted[2]) if weighted else (1.0, text)
-    if not value.strip():
-        raise InputError(f"--{'plus' if sign > 0 else 'minus'} is {text!r}: say what to add or take away")
-    if Path(value).suffix.lower() in PICTURES:
-        check_files([Path(value)], f"--{'plus' if sign > 0 else 'minus'}")
-        return sign * weight, Path(value)
-    return sign * weight, value
-
-
-def shown(value, weight):
-    name = value.name if isinstance(value, Path) else value
-    return name if weight == 1 else f"{weight:g} x {name}"
-
-
-def query_vectors(run, queries):
-    """(Q, D): of each query the weighted sum of its parts' unit vectors, divided by the sum of the weights' sizes."""
-    values = list(dict.fromkeys(value for query in queries for _, value in query.parts))
-    sentences = [value for value in values if isinstance(value, str)]
-    files = [value for value in values if isinstance(value, Path)]
-    vectors = {}
-    if sentences:
-        vectors |= dict(zip(sentences, embed_captions(run.model, sentences).cpu(), strict=True))
-    if files:
-        vectors |= dict(zip(files, embed_images(run.model, files, description=None).cpu(), strict=True))
-    sums = [sum(weight * vectors[value] for weight, value in query.parts) for query in queries]
-    sizes = [max(sum(abs(weight) for weight, _ in query.parts), 1e-9) for query in queries]
-    return torch.stack([total / size for total, size in zip(sums, sizes, strict=True)])
-
-
-def average_scores(vectors, queries):
-    """(Q, N) scores, the mean over several runs: vectors (N, D) and queries (Q, D) of each run, D may differ."""
-    # One query at a time: over a million vectors a product with one vector is faster than with a matrix of few rows.
-    scores = [torch.stack([v @ query for query in q]) for v, q in zip(vectors, queries, strict=True)]
-    return torch.stack(scores).mean(0) if len(scores) > 1 else scores[0]
-
-
-def rank(scores, n, least=None, skip=()):
-    """The n best rows as dicts of row, score, deviation and match; the rows in `skip` are left out.
-
-    The deviation says how unusual a score is for its query: standard deviations above the mean of all its scores.
-    A result is a match if its score is `least` or more; without `least` nobody can tell (None).
+    Args:
+        runs: folder of a trained run (default: the newest in runs/), or several, whose similarities are averaged.
+        images: folder of images to search (default: the test images of the first run's data set).
+        captions_path: captions file to search (default: the captions of those test images).
     """
-    number, others = len(scores), scores
-    if skip:
-        kept = torch.ones(number, dtype=torch.bool)
-        kept[list(skip)] = False
-        number, others, scores = int(kept.sum()), scores[kept], scores.masked_fill(~kept, -torch.inf)
-    if not number:
+
+    def __init__(self, runs=None, images=None, captions_path=None, device="auto"):
+        from extras.search_index import list_gallery, open_run
+
+        self.captions_path, self.loaded = captions_path, {}
+        folders, (device, _) = as_folders(runs), setup_device(device)
+        with ThreadPoolExecutor(1) as background:  # image files are listed while the weights are loaded
+            gallery = background.submit(list_gallery, images, folders[0])
+            self.runs = [open_run(folder, device) for folder in folders]
+            self.gallery = gallery.result()
+
+    def search(self, query, n=None, kind="images", plus=(), minus=()):
+        """The n best images or captions (default: 9, or all if there are fewer), a list of dicts, best first.
+
+        Each dict has the keys file (or caption), score (cosine similarity), z_score (see `rank`) and match (True,
+        False, or None if no decision is possible).
+
+        Args:
+            query: a sentence, or the `Path` of an image. kind: "images" or "captions".
+            plus, minus: addends as on the command line, e.g. plus=["0.5:sunset"], minus=["people", "photo.jpg"].
+        """
+        return self.answer(build_query(query, plus, minus), n, kind)["results"]
+
+    def answer(self, query, n=None, kind="images"):
+        """A dict of a query's text, kind, searched (number of candidates), match and results; see `build_query`."""
+        names, vectors = self.index(kind)
+        n = min(9, len(names)) if n is None else n
+        if n < 1 or (n > len(names) and kind == "images"):
+            raise InputError(f"n is {n}, with {len(names)} {kind} to search: give --n 1 to {len(names)}")
+        searched = len(names) - int(vectors[0][:, 0].isnan().sum())
+        scores = mean_scores(vectors, [query_vector(run.model, query) for run in self.runs])
+        if kind == "images":
+            for file in [value for _, value in query if isinstance(value, Path)]:
+                scores[self.gallery.rows_of(file)] = torch.nan  # an image is not its own match
+        results = rank(scores, n, self.threshold(query, kind, searched))
+        for result in results:
+            name = names[result.pop("row")]
+            result |= {"caption": name} if kind == "captions" else {"file": (self.gallery.root / name).as_posix()}
+        decisions = {result["match"] for result in results}
+        match = None if None in decisions or not decisions else True in decisions
+        return {"query": format_query(query), "kind": kind, "searched": searched, "match": match, "results": results}
+
+    def index(self, kind):
+        """N image names or captions, and for each run their vectors (N, D); NaN for unreadable images."""
+        from extras.search_index import index_captions, index_images, list_captions
+
+        if kind not in ("images", "captions"):
+            raise ValueError(f"kind is {kind!r}: give 'images' or 'captions'")
+        if kind == "images" and kind not in self.loaded:
+            self.loaded[kind] = self.gallery.names, [index_images(run, self.gallery).vectors for run in self.runs]
+        elif kind not in self.loaded:
+            captions, *source = list_captions(self.runs[0].model.config, self.captions_path)
+            self.loaded[kind] = captions, [index_captions(run, captions, *source).vectors for run in self.runs]
+        return self.loaded[kind]
+
+    def threshold(self, query, kind, num_searched):
+        """The score from which a result is a match; None for combined queries and for images similar to an image."""
+        from extras.match_threshold import choose_threshold, load_match_rates
+
+        if len(query) > 1 or isinstance(query[0][1], str) != (kind == "images"):
+            return None
+        if "rates" not in self.loaded:
+            self.loaded["rates"] = load_match_rates(self.runs)
+        direction = "text_to_image" if kind == "images" else "image_to_text"
+        return self.loaded["rates"] and choose_threshold(self.loaded["rates"], direction, num_searched)
+
+
+def as_folders(runs):
+    """A list of run folders from one folder, several, or None (the newest trained run)."""
+    return [runs] if isinstance(runs, str | Path) else list(runs or [newest_run(trained=True)])
+
+
+# ---- queries and scores -----------------------------------------------------------------------------------------
+
+
+def build_query(start, plus=(), minus=()):
+    """A query as a weighted sum, [(weight, sentence or Path), ...]; raises InputError."""
+    if not str(start).strip():
+        raise InputError("the query is empty: describe what the image should show")
+    query = [(1.0, start)]
+    for flag, sign, texts in (("--plus", 1, plus), ("--minus", -1, minus)):
+        for text in texts:
+            weighted = re.fullmatch(r"(\d+\.?\d*|\.\d+):(.*)", text, re.DOTALL)
+            weight, value = (float(weighted[1]), weighted[2]) if weighted else (1.0, text)
+            if not value.strip():
+                raise InputError(f"{flag} is {text!r}, without a sentence or an image file")
+            if is_image_name(value):
+                value = Path(value)
+                check_files([value], flag)
+            query.append((sign * weight, value))
+    return query
+
+
+def format_query(query):
+    """A query as text, e.g. `a beach - people + 0.5 x sunset`."""
+    text = ""
+    for weight, value in query:
+        name = value.name if isinstance(value, Path) else value
+        sign = f" {'+' if weight > 0 else '-'} " if text else ""
+        text += sign + (name if abs(weight) == 1 else f"{abs(weight):g} x {name}")
+    return text
+
+
+def query_vector(model, query):
+    """(D,): the weighted sum of the unit vectors of a query's parts, divided by the sum of the absolute weights."""
+    total = 0
+    for weight, value in query:
+        vectors = embed_images(model, [value], desc=None) if isinstance(value, Path) else embed_captions(model, [value])
+        total = total + weight * vectors[0].cpu()
+    return total / max(sum(abs(weight) for weight, _ in query), 1e-9)
+
+
+def mean_scores(vectors, query_vectors):
+    """(N,) scores, the mean over the runs, from each run's vectors (N, D) and query (D,); D may differ."""
+    return sum(v @ query for v, query in zip(vectors, query_vectors, strict=True)) / len(vectors)
+
+
+def rank(scores, n, threshold=None):
+    """The n best rows of (N,) scores, best first: dicts of row, score, z_score and match; NaN scores are excluded.
+
+    The z-score is the distance from the mean of the query's scores in standard deviations. A result is a match if its
+    score is at least `threshold`; without a threshold there is no decision (None).
+    """
+    others = scores[~scores.isnan()]
+    if not len(others):
         return []
-    mean, deviation = others.mean().item(), others.std(correction=0).item()
-    best = scores.topk(min(n, number))
-    return [
-        {
-            "row": row,
-            "score": score,
-            "deviation": (score - mean) / deviation if deviation > 1e-7 else 0.0,
-            "match": None if least is None else score >= least,
-        }
-        for row, score in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    ]
-
-
-# ---- what is searched -------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Gallery:
-    """N pictures below a folder, with their sizes and times (N, 2); `label` begins the name of their index."""
-
-    root: Path
-    names: list
-    stamps: np.ndarray
-    label: str
-
-
-def newest_run(folder="runs"):
-    """The run trained last."""
-    runs = sorted(Path(folder).glob("*/best/model.safetensors"), key=lambda path: path.stat().st_mtime)
-    if not runs:
-        raise InputError(f"no trained run in {folder}/: give --run FOLDER, or train one: python main.py --preset demo")
-    return runs[-1].parent.parent
-
-
-def own_split(config):
-    """The name and the `Pairs` that a run is searched on when nothing else is named: test, else validation."""
-    splits = load_splits(config)
-    split = "test" if splits["test"].files else "validation"
-    return split, splits[split]
-
-
-def list_gallery(images, run):
-    """The pictures of the folder `images`, or else those of the run itself; raises InputError."""
-    if images:
-        return Gallery(Path(images), *scan_pictures(images), "pictures")
-    config = build_config(read_saved(run)[1]["settings"])
-    split, pairs = own_split(config)
-    root = Path(config.image_path)
-    names = [file.relative_to(root).as_posix() for file in pairs.files]
-    return Gallery(root, names, stamp_array([stamp_of(file) for file in pairs.files]), split)
-
-
-def own_captions(config, path):
-    """The different captions to describe a picture with, the file they come from and the name of their index."""
-    if path:
-        return list(dict.fromkeys(read_captions(path)["caption"])), path, "captions"
-    try:
-        split, pairs = own_split(config)
-    except InputError as error:
-        raise InputError(f"the run's own captions cannot be had ({error}): give --captions_path") from None
-    return list(dict.fromkeys(pairs.captions)), config.captions_path, f"captions-{split}"
+    mean, std = others.mean().item(), others.std(correction=0).item()
+    best = scores.nan_to_num(-torch.inf).topk(min(n, len(others)))
+    results = []
+    for row, score in zip(best.indices.tolist(), best.values.tolist(), strict=True):
+        z_score = (score - mean) / std if std > 1e-7 else 0.0
+        match = None if threshold is None else score >= threshold
+        results.append({"row": row, "score": score, "z_score": z_score, "match": match})
+    return results
 
 
 # ---- the command ------------------------------------------------------------------------------------------------
 
 
-def parse_arguments(argv):
-    parser = OneLineParser(prog="inference.py", description="Search pictures with a trained run.", allow_abbrev=False)
-    add = parser.add_argument
-    add("query", nargs="*", help="what the picture should show; each sentence is a query of its own")
-    add("--run", nargs="+", help="a trained run's folder (default: the newest in runs/); several: their average")
-    add("--images", help="search any folder of pictures, with its subfolders (default: the run's own)")
-    add("--image", help="a picture: the captions that describe it best and the pictures most like it")
-    add("--plus", action="append", default=[], help="add a sentence or a picture to the query; 0.5:TEXT weighs it")
-    add("--minus", action="append", default=[], help="take a sentence or a picture away from the query; likewise")
-    add("--labels", help='with --image: which of these fits, "dog,cat,horse"; with --zero_shot: these labels')
-    add("--template", action="append", help='sentence around a label, "a photo of a {}"; may be given several times')
-    add("--n", type=int, help="how many results (default: 9, or all where there are fewer)")
-    add("--output", default="matches.png", help="the picture to write (default: matches.png)")
-    add("--json", action="store_true", help="print JSON")
-    add("--evaluate", action="store_true", help="retrieval metrics on a captions file")
-    add("--zero_shot", help="accuracy on a folder with one folder per label, or a CSV with the columns image,label")
-    add("--image_path", help="the image folder, with --evaluate or the CSV of --zero_shot")
-    add("--captions_path", help="the captions file, with --evaluate or --image (default: the run's own)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    arguments = parser.parse_args(argv)
-    asked = arguments.query or arguments.image or arguments.evaluate or arguments.zero_shot
-    if arguments.run and not asked:  # --run runs/x "a dog": to the parser the sentence is one more run
-        first, *others = arguments.run
-        named = [word for word in others if os.path.isdir(word) or "/" in word or "\\" in word]
-        arguments.query = [word for word in others if word not in named]
-        arguments.run = [first, *named]
-    return arguments
-
-
 @exit_on_input_error
 def main(argv=None):
-    """Search, classify or evaluate, with a trained run or the average of several."""
-    arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-    job = choose_job(arguments)
-    device, _ = setup_device(arguments.device)
-    folders = arguments.run or [newest_run()]
-    if job in (search, describe):
-        job(*open_runs_and_gallery(folders, device, arguments.images), arguments)
-    else:
-        job([open_run(folder, device) for folder in folders], arguments)
-
-
-def open_runs_and_gallery(folders, device, images):
-    """The runs and the `Gallery`: its files are listed while the weights are read, so that nobody waits for both."""
-    with ThreadPoolExecutor(1) as background:
-        gallery = background.submit(list_gallery, images, folders[0])
-        runs = [open_run(folder, device) for folder in folders]
-        return runs, gallery.result()
-
-
-def choose_job(arguments):
-    """The function that does what the command line asks for; raises InputError for what does not go together."""
-    a = arguments
-    output = Path(a.output)
-    if output.suffix.lower() not in FORMATS or not output.parent.is_dir() or output.is_dir():
-        raise InputError(f"output is {a.output}: give a {', '.join(FORMATS)} file in a folder that exists")
-    jobs = [name for name, given in (("--evaluate", a.evaluate), ("--zero_shot", a.zero_shot)) if given]
-    if len(jobs) == 2 or (jobs and (a.query or a.image)):
-        other = jobs[1] if jobs[1:] else "--image" if a.image else "a sentence"
-        raise InputError(f"{jobs[0]} does not go with {other}: give one of them")
-    if a.images == "":
-        raise InputError("images is empty: name a folder of pictures, or drop --images")
-    if a.evaluate:
-        if not a.image_path or not a.captions_path:
-            raise InputError("--evaluate needs --image_path and --captions_path")
-        return evaluate
-    if a.zero_shot:
-        return evaluate_zero_shot
-    if a.image:
-        check_files([Path(a.image)], "--image")
-        if a.query:
-            raise InputError("give a sentence or --image; to combine them: a sentence and --plus PICTURE")
-    if a.labels is not None:
-        if not a.image:
-            raise InputError("--labels needs --image: which picture is to be told apart?")
-        return classify
-    build_queries(a)
-    return describe if a.image and not a.plus and not a.minus else search
-
-
-def search(runs, gallery, arguments):
-    """Pictures for each query: one line per result, and a grid."""
-    print_answers(search_pictures(runs, gallery, build_queries(arguments), arguments.n), arguments)
-
-
-def search_pictures(runs, gallery, queries, n=None):
-    """The answer to each query: the n best pictures of the gallery (9, or all where there are fewer)."""
-    number, names = len(gallery.names), gallery.names
-    n = min(9, number) if n is None else n
-    if not 1 <= n <= number:
-        raise InputError(f"n is {n}, with {number} pictures to search: give --n 1 to {number}")
-    vectors = [index_pictures(run, gallery.root, names, gallery.stamps, gallery.label).vectors for run in runs]
-    unreadable = vectors[0][:, 0].isnan().nonzero()[:, 0].tolist()
-    number -= len(unreadable)
-    scores = average_scores(vectors, [query_vectors(run, queries) for run in runs])
-    calibration = calibration_of(runs) if any(query.is_sentence for query in queries) else None
-    least = threshold(calibration, "text_to_image", number) if calibration else None
-    resolved = {}
-    if any(query.pictures for query in queries):  # a picture is not its own match
-        resolved = {(gallery.root / name).resolve(): row for row, name in enumerate(names)}
-    answers = []
-    for query, own in zip(queries, scores, strict=True):
-        skip = [resolved[file.resolve()] for file in query.pictures if file.resolve() in resolved] + unreadable
-        results = rank(own, n, least if query.is_sentence else None, skip)
-        for result in results:
-            result["file"] = (gallery.root / names[result.pop("row")]).as_posix()
-        answers.append(answer(query.text, "images", number, results))
-    return answers
-
-
-def describe(runs, gallery, arguments):
-    """The captions that describe a picture best, and the pictures most like it."""
-    query = Query(Path(arguments.image).name, [(1.0, Path(arguments.image))])
-    captions, source, label = own_captions(runs[0].model.config, arguments.captions_path)
-    n = 9 if arguments.n is None else arguments.n
-    if n < 1:
-        raise InputError(f"n is {n}: give at least 1")
-    vectors = [index_captions(run, captions, source, label).vectors for run in runs]
-    scores = average_scores(vectors, [query_vectors(run, [query]) for run in runs])[0]
-    calibration = calibration_of(runs)
-    least = threshold(calibration, "image_to_text", len(captions)) if calibration else None
-    results = rank(scores, n, least)
-    for result in results:
-        result["caption"] = captions[result.pop("row")]
-    described = answer(query.text, "captions", len(captions), results)
-    similar = search_pictures(runs, gallery, [query], min(n, len(gallery.names)))
-    print_answers([described, *similar], arguments)
-
-
-def answer(query, kind, searched, results):
-    verdicts = [result["match"] for result in results]
-    match = None if None in verdicts or not verdicts else any(verdicts)
-    return {"query": query, "kind": kind, "searched": searched, "match": match, "results": results}
-
-
-def classify(runs, arguments):
-    """Which of several labels fits a picture, with probabilities."""
-    labels = parse_labels(arguments.labels)
-    logits = label_logits([run.model for run in runs], [arguments.image], labels, arguments.template or TEMPLATES)[0]
-    order = logits.argsort(descending=True).tolist()
-    results = [{"label": labels[i], "probability": logits.softmax(0)[i].item()} for i in order]
-    if arguments.json:
-        print(json.dumps({"image": Path(arguments.image).as_posix(), "labels": results}))
-    else:
-        for result in results:
-            print(f"{result['probability']:.4f}\t{result['label']}")
-    drawn = results[:MOST_BARS]
-    names, values = [r["label"] for r in drawn], [r["probability"] for r in drawn]
-    colours = [MATCH] + [WEAK] * (len(names) - 1)
-    draw_bars(arguments.image, Path(arguments.image).name, names, values, colours, arguments.output)
-    print(f"the picture is in {arguments.output}{left_over(len(results) - len(drawn))}", file=sys.stderr)
+    """Search images, classify an image, or evaluate, with a trained run or an ensemble of runs."""
+    arguments = parse_arguments(argv)
+    if arguments.image:
+        check_files([Path(arguments.image)], "--image")
+    if arguments.evaluate or arguments.zero_shot or arguments.labels is not None:
+        job = evaluate if arguments.evaluate else evaluate_zero_shot if arguments.zero_shot else classify
+        device, _ = setup_device(arguments.device)
+        return job([load_model(folder, device) for folder in as_folders(arguments.run)], arguments)
+    starts = [Path(arguments.image)] if arguments.image else arguments.query
+    queries = [build_query(start, arguments.plus, arguments.minus) for start in starts]
+    searcher = Searcher(arguments.run, arguments.images, arguments.captions_path, arguments.device)
+    n, answers = arguments.n, []
+    if arguments.image and len(queries[0]) == 1:
+        answers = [searcher.answer(queries[0], n, "captions")]
+        n = n and min(n, len(searcher.gallery.names))
+    answers += [searcher.answer(query, n) for query in queries]
+    return print_answers(answers, arguments)
 
 
 def print_answers(answers, arguments):
-    """One line per result for pipes, or JSON; then the pictures."""
+    """Print JSON, or lines of score, z-score, match decision, kind, query and file or caption, separated by tabs."""
+    lines = [json.dumps(answers)] if arguments.json else []
+    for each in answers:
+        query = " ".join(each["query"].split())  # without tabs
+        for result in [] if arguments.json else each["results"]:
+            decision = {True: "match", False: "weak", None: "-"}[result["match"]]
+            numbers = f"{result['score']:.4f}\t{result['z_score']:+.1f}"
+            lines.append("\t".join([numbers, decision, each["kind"], query, result.get("file") or result["caption"]]))
     try:
-        print_results(answers, arguments)
+        sys.stdout.write("".join(f"{line}\n" for line in lines))
         sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has read enough; Python would complain again at its end
+    except BrokenPipeError:  # closed by `| head`; Python would raise again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     for each in answers:
         if each["match"] is False:
             print(f"no good match for {each['query']!r} among {each['searched']:,} {each['kind']}", file=sys.stderr)
-    draw_answers(answers, arguments)
+    plot_answers(answers, arguments)
 
 
-def print_results(answers, arguments):
-    if arguments.json:
-        print(json.dumps(answers))
+def plot_answers(answers, arguments):
+    """Save the images found as a grid, and captions as bars in a second plot."""
+    panels, output = [], Path(arguments.output)
     for each in answers:
-        for result in [] if arguments.json else each["results"]:
-            found = result.get("file") or result["caption"]
-            verdict = {True: "match", False: "weak", None: "-"}[result["match"]]
-            words = [
-                f"{result['score']:.4f}",
-                f"{result['deviation']:+.1f}",
-                verdict,
-                each["kind"],
-                each["query"],
-                found,
-            ]
-            print("\t".join(" ".join(word.split()) if word is not found else word for word in words))
-
-
-def draw_answers(answers, arguments):
-    panels, rows, output = [], 0, Path(arguments.output)
-    for each in answers:
-        heading = each["query"] + ("\nno good match; the nearest:" if each["match"] is False else "")
-        results = each["results"]
-        colours = [{True: MATCH, False: WEAK, None: None}[result["match"]] for result in results]
+        results, heading = each["results"], each["query"]
+        heading += "\nno good match; the most similar images:" if each["match"] is False else ""
+        colors = [{True: MATCH, False: WEAK, None: None}[result["match"]] for result in results]
         if each["kind"] == "captions":
-            place = output.with_stem(f"{output.stem}_captions")
-            names, values = [r["caption"] for r in results[:MOST_BARS]], [r["score"] for r in results[:MOST_BARS]]
-            draw_bars(arguments.image, heading, names, values, [c or WEAK for c in colours[:MOST_BARS]], place)
-            print(f"the captions are in {place}{left_over(len(results) - len(names))}", file=sys.stderr)
-            continue
-        room = min(3 * (MOST_ROWS - rows), len(results))
-        if room:
-            titles = [picture_title(result) for result in results[:room]]
-            panels.append((heading, [r["file"] for r in results[:room]], titles, colours[:room]))
-            rows += -(-room // 3)
-    if not panels:
-        print("there is no picture to show", file=sys.stderr)
-        return
-    draw_grid(panels, output)
-    found = sum(len(each["results"]) for each in answers if each["kind"] == "images")
-    left = found - sum(len(files) for _, files, _, _ in panels)
-    print(f"the pictures are in {output}{left_over(left)}", file=sys.stderr)
+            path = output.with_stem(f"{output.stem}_captions")
+            captions, scores = [r["caption"] for r in results], [r["score"] for r in results]
+            report_plot("captions", path, plot_bars(arguments.image, heading, captions, scores, colors, path))
+        elif results:
+            panels.append((heading, [r["file"] for r in results], [image_title(r) for r in results], colors))
+    if panels:
+        report_plot("images", output, plot_grid(panels, output))
+    else:
+        print("no image to show", file=sys.stderr)
 
 
-def left_over(number):
-    """What is said of results that a picture has no room for."""
-    return f" ({number} more did not fit on it)" if number else ""
-
-
-def picture_title(result):
+def image_title(result):
     name = Path(result["file"]).name
-    verdict = {True: "   match", False: "   weak", None: ""}[result["match"]]
     name = name if len(name) < 32 else f"{name[:18]}...{name[-10:]}"
-    return f"{name}\n{result['score']:.3f}   {result['deviation']:+.1f} sd{verdict}"
+    decision = {True: "   match", False: "   weak", None: ""}[result["match"]]
+    return f"{name}\n{result['score']:.3f}   z {result['z_score']:+.1f}{decision}"
 
 
-# ---- evaluation -------------------------------------------------------------------------------------------------
+def report_plot(content, path, num_omitted=0):
+    omitted = f" ({num_omitted} more did not fit)" if num_omitted else ""
+    print(f"{content}: plot saved to {path}{omitted}", file=sys.stderr)
 
 
-def evaluate(runs, arguments):
-    """Retrieval metrics on all images of a captions file."""
+def classify(models, arguments):
+    """Print the probability of each label for an image."""
+    from extras.zero_shot import TEMPLATES, label_logits, parse_labels
+
+    labels = parse_labels(arguments.labels)
+    logits = label_logits(models, [arguments.image], labels, arguments.template or TEMPLATES)[0]
+    probabilities, order = (values.tolist() for values in logits.softmax(0).sort(descending=True))
+    labels = [labels[i] for i in order]
+    results = [{"label": label, "probability": p} for label, p in zip(labels, probabilities, strict=True)]
+    if arguments.json:
+        print(json.dumps({"image": Path(arguments.image).as_posix(), "labels": results}))
+    for result in [] if arguments.json else results:
+        print(f"{result['probability']:.4f}\t{result['label']}")
+    colors = [MATCH] + [WEAK] * (len(labels) - 1)
+    heading, path = Path(arguments.image).name, arguments.output
+    report_plot("labels", path, plot_bars(arguments.image, heading, labels, probabilities, colors, path))
+
+
+def evaluate(models, arguments):
+    """Print the retrieval metrics on all images of a captions file."""
     pairs = make_pairs(captions_by_image(read_captions(arguments.captions_path)), arguments.image_path)
     check_files(pairs.files)
-    # Vectors side by side, divided by sqrt(runs): their products are the mean of the runs' products.
-    images = torch.cat([embed_images(run.model, pairs.files) for run in runs], 1) / len(runs) ** 0.5
-    texts = torch.cat([embed_captions(run.model, pairs.captions) for run in runs], 1) / len(runs) ** 0.5
+    # Embeddings side by side, divided by sqrt(models): their dot products are the means over the models.
+    images = torch.cat([embed_images(model, pairs.files) for model in models], 1) / len(models) ** 0.5
+    texts = torch.cat([embed_captions(model, pairs.captions) for model in models], 1) / len(models) ** 0.5
     metrics = retrieval_metrics(images, texts, pairs.image_index)
     counts = {"images": len(pairs.files), "captions": len(pairs.captions)}
     print(json.dumps({**counts, **metrics}) if arguments.json else format_metrics(metrics))
 
 
-def evaluate_zero_shot(runs, arguments):
-    """Accuracy of the labels on a folder-per-label tree or a CSV; the confusion matrix as a picture."""
-    files, truth = read_labelled(arguments.zero_shot, arguments.image_path)
+def evaluate_zero_shot(models, arguments):
+    """Print the accuracy of zero-shot classification on labelled images, and plot the confusion matrix."""
+    from extras.zero_shot import TEMPLATES, evaluate_labels, label_logits, parse_labels, read_labelled_images
+
+    files, truth = read_labelled_images(arguments.zero_shot, arguments.image_path)
     check_files(files)
     labels = parse_labels(arguments.labels) if arguments.labels else sorted(set(truth))
     unknown = sorted(set(truth) - set(labels))
     if unknown or len(labels) < 2:
-        problem = f"lack {', '.join(unknown)}, which pictures have" if unknown else "are one: give two or more"
-        raise InputError(f"labels {', '.join(labels)} {problem}")
-    logits = label_logits([run.model for run in runs], files, labels, arguments.template or TEMPLATES)
+        problem = f"without {', '.join(unknown)}, which some images have" if unknown else "but two or more are needed"
+        raise InputError(f"labels are {', '.join(labels)}, {problem}")
+    logits = label_logits(models, files, labels, arguments.template or TEMPLATES)
     readable = ~logits[:, 0].isnan()
     truth = [label for label, kept in zip(truth, readable.tolist(), strict=True) if kept]
     results = evaluate_labels(logits[readable], truth, labels)
-    if arguments.json:
-        print(json.dumps(results))
-    else:
-        print(f"{results['accuracy']:.1f}% of {len(truth)} pictures right, {len(labels)} labels", end="")
-        print(f" (mean over the labels {results['mean_label_accuracy']:.1f}%)")
-    heading = f"{results['accuracy']:.1f}% of {len(truth)} pictures right"
-    draw_confusion(results["confusion"], labels, arguments.output, heading)
-    print(f"the confusion matrix is in {arguments.output}", file=sys.stderr)
-
-
-def format_metrics(metrics):
-    """The retrieval metrics as a small table."""
-    lines = [f"{'':<15}{'R@1':>7}{'R@5':>7}{'R@10':>7}{'median rank':>13}"]
-    for name in ("image_to_text", "text_to_image"):
-        values = "".join(f"{metrics[f'{name}_R@{k}']:7.1f}" for k in (1, 5, 10))
-        lines.append(f"{name.replace('_', ' '):<15}{values}{metrics[f'{name}_median_rank']:13.0f}")
-    return "\n".join([*lines, f"rsum {metrics['rsum']:.1f}"])
+    summary = f"accuracy {results['accuracy']:.1f}% on {len(truth)} images"
+    mean = f"mean over the {len(labels)} labels {results['mean_label_accuracy']:.1f}%"
+    print(json.dumps(results) if arguments.json else f"{summary} ({mean})")
+    plot_confusion(results["confusion"], labels, arguments.output, summary)
+    report_plot("confusion matrix", arguments.output)
 
 
 if __name__ == "__main__":

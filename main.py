@@ -1,172 +1,386 @@
-"""Train CLIP: `python main.py` (Flickr8k), `python main.py --preset demo` (no data needed), `python main.py --help`.
+"""Train CLIP: `python main.py` (Flickr8k), `python main.py --preset demo` (needs no data), `python main.py --help`."""
 
-The heavy imports wait until the settings are known to be good; loader processes that are spawned (Windows, macOS)
-import this file again and stay light.
-"""
-
-import dataclasses
-import datetime
+import math
 import os
-import signal
-import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-from config import (
-    InputError,
-    build_config,
-    exit_on_input_error,
-    format_config,
-    gan_run_of,
-    parse_flags,
-    read_json,
-    write_json,
+from utils.cli import exit_on_input_error, sigterm_as_interrupt, stop_signals
+from utils.runs import resolve_run
+
+if __name__ == "__main__":
+    exit_on_input_error(resolve_run)()  # before the heavy imports: --help and bad flags are answered at once
+
+import torch
+from timm.utils import ModelEmaV3
+
+from clip import CLIP, contrastive_loss, format_metrics, load_model, retrieval_metrics, save_model
+from config import InputError
+from dataset import (
+    PairSampler,
+    TokenStore,
+    TrainingPairs,
+    derive_seed,
+    describe_splits,
+    load_splits,
+    make_loader,
+    open_images,
+    pair_targets,
+    train_tokenizer,
 )
-
-# What may differ when a run is resumed: none of it changes what was learned (under the cosine schedule, another
-# number of epochs changes the learning rates of those to come).
-MAY_CHANGE = {
-    "run",
-    "resume",
-    "gan_run",
-    "gan_captions",
-    "image_path",
-    "captions_path",
-    "cache_path",
-    "cache_images",
-    "num_workers",
-    "epochs",
-    "save_every_minutes",
-}
-# What cannot be changed any more when a finished GAN is used (`--gan_run`).
-MADE_WITH = ("gan_generator", "gan_subset", "gan_size", "gan_width", "gan_epochs")
-
-
-def resolve_config(argv=None):
-    """The settings of this run, its folder included; with --resume, those the run was started with."""
-    given = parse_flags(argv)
-    if given.get("resume"):
-        return resumed_config(given)
-    config = build_config(given)
-    if config.gan != "none" and config.gan_run:
-        config = with_settings_of_gan(config, sys.argv[1:] if argv is None else argv)
-    folder = Path(config.run or f"runs/{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}")
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"run is {folder}, which is not a folder: give another --run")
-    if (folder / "config.json").exists():
-        raise InputError(f"{folder} already holds a run: give --resume to continue it, or another --run")
-    return dataclasses.replace(config, run=folder.as_posix())
+from utils.checkpoint import create_run_folder, load_checkpoint, save_checkpoint
+from utils.device import setup_device
+from utils.distributed import (
+    all_reduce_sum,
+    average_batchnorm_stats,
+    first_process_first,
+    init_processes,
+    is_first_process,
+    process_group,
+    rank_and_world_size,
+)
+from utils.embed import embed_split, precompute_features
+from utils.files import write_json
+from utils.flags import format_config
+from utils.grad_cache import cached_backward, frozen_batchnorm_stats
+from utils.log import describe_model, epoch_bar, log_epoch, log_step
+from utils.plotting import plot_curves, plot_matches
+from utils.synthetic import generate_dataset
 
 
-def with_settings_of_gan(config, words):
-    """The settings with those of the GAN that is there already; raises InputError if a flag asks for another."""
-    path = gan_run_of(config.gan_run) / "gan" / "config.json"
-    settings = (read_json(path).get("settings") or {}) if path.exists() else {}
-    settings = {name: settings[name] for name in MADE_WITH if name in settings}
-    flags = {word.split("=")[0].removeprefix("--") for word in words}
-    for name, value in settings.items():
-        if name in flags and getattr(config, name) != value:
-            raise InputError(
-                f"{name} is {getattr(config, name)}, but the GAN of {config.gan_run} was made with {value}: "
-                "drop the flag, or --gan_run"
-            )
-    return dataclasses.replace(config, **settings)
+@dataclass
+class TrainState:
+    """What training changes, and the position in the run."""
+
+    model: CLIP
+    ema: ModelEmaV3 | None
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler
+    augmentation: object | None  # gan.GANAugmentation
+    loss_sum: torch.Tensor  # over the batches of this epoch, on the device
+    epoch: int = 0  # completed epochs
+    batch: int = 0  # completed batches of the current epoch
+    step: int = 0  # completed steps of the run
+    best_rsum: float = -1.0
+    history: list = field(default_factory=list)  # the lines of metrics.jsonl
+
+    @property
+    def eval_model(self):
+        return self.ema.module if self.ema else self.model
+
+    def stateful_parts(self):
+        """What a checkpoint saves with `state_dict`."""
+        ema = self.ema.module if self.ema else None
+        parts = {"model": self.model, "ema": ema, "augmentation": self.augmentation}
+        parts |= {"optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self.scaler}
+        return {name: part for name, part in parts.items() if part is not None}
 
 
-def resumed_config(given):
-    folder = Path(given["run"]) if given.get("run") else newest_run()
-    if not (folder / "config.json").exists():
-        raise InputError(f"run is {folder}, which holds no run to resume (no config.json)")
-    saved = read_json(folder / "config.json")
-    for name, value in given.items():
-        if name not in MAY_CHANGE and saved.get(name, value) != value:
-            raise InputError(f"{name} is {value}, but {folder} was started with {saved[name]}: drop the flag")
-    return build_config({**saved, **given, "run": folder.as_posix()})
+# ---- training ---------------------------------------------------------------------------------------------------
 
 
-def newest_run(folder="runs"):
-    runs = sorted(Path(folder).glob("*/config.json"), key=lambda path: path.stat().st_mtime)
-    if not runs:
-        raise InputError(f"no run in {folder}/ to resume: train one with python main.py")
-    return runs[-1].parent
+def train(config):
+    """Train from wherever the run folder says the run is, and evaluate the best model; returns the final results."""
+    config = init_processes(config)
+    device, amp_dtype = setup_device(config.device, config.precision)
+    folder = Path(config.run)
+    splits = load_data(config)
+    model = build_model(config, splits["train"].captions, device)
+    if is_first_process():
+        print(describe_splits(config, splits), describe_model(config, model, amp_dtype), sep="\n", flush=True)
+    open_images(splits, config)
+    precompute_features(model, splits, amp_dtype, config)  # of encoders that are not trained
+    sampler, loader = build_loader(model, splits["train"], config)
+    steps = config.epochs * sampler.num_batches
+
+    optimizer = build_optimizer(model, config)
+    state = TrainState(
+        model=model,
+        ema=build_ema(model, config.ema_decay) if config.ema_decay else None,
+        optimizer=optimizer,
+        scheduler=build_scheduler(optimizer, config, steps),
+        scaler=torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16),
+        augmentation=build_gan_augmentation(model, splits["train"], amp_dtype, config, steps),
+        loss_sum=torch.zeros((), device=device, dtype=torch.float32 if device.type == "mps" else torch.float64),
+    )
+    create_run_folder(folder, config)
+    if load_checkpoint(state, folder) and is_first_process() and state.epoch < config.epochs:
+        print(f"resuming {folder} at epoch {state.epoch + 1}, batch {state.batch}", flush=True)
+
+    with stop_signals() as stop:
+        while state.epoch < config.epochs:
+            stats = train_one_epoch(state, sampler, loader, config, amp_dtype, stop)
+            if stop.requested:
+                save_checkpoint(state, folder)
+                print(f"\nstopped; to continue: python main.py --resume --run {config.run}", flush=True)
+                raise SystemExit(130)
+            metrics, validation_loss = evaluate(state.eval_model, splits["validation"], amp_dtype, config)
+            if config.scheduler == "plateau":
+                state.scheduler.step(validation_loss)
+            log_epoch(state, stats, metrics, validation_loss, config)
+            if metrics["rsum"] > state.best_rsum:
+                state.best_rsum = metrics["rsum"]
+                if is_first_process():
+                    save_model(state.eval_model, folder / "best")
+            save_checkpoint(state, folder)
+
+    return report(state, splits, config, device, amp_dtype)
+
+
+def train_one_epoch(state, sampler, loader, config, amp_dtype, stop):
+    """Train from `state.batch` to the end of the epoch, or until a stop is requested; returns its statistics."""
+    model, device, group = state.model, state.model.device, process_group()
+    rank, world_size = rank_and_world_size()
+    sampler.epoch, sampler.start = state.epoch, state.batch
+    model.train()
+    stats = {"images": 0, "data_time": 0.0, "start": time.perf_counter()}
+    saved = stats["start"]
+    with epoch_bar(state, sampler, config) as bar:
+        for micro_batches in load_steps(loader, sampler, stop, stats):
+            # Random numbers depend on the step alone, so a resumed run draws the same dropout masks.
+            torch.manual_seed(derive_seed(config.seed, state.step, rank))
+            batches, generated = [batch.to(device) for batch in micro_batches], []
+            image_ids = torch.cat([batch.image_ids for batch in batches])
+            progress = state.step / (config.epochs * sampler.num_batches)
+            if state.augmentation:
+                generated = state.augmentation.sample(len(image_ids), state.step, progress, rank)
+            targets = pair_targets([*batches, *generated])
+
+            if len(batches) > 1:
+                loss_function = partial(contrastive_loss, logit_scale=model.logit_scale, **targets, group=group)
+                loss = cached_backward(model, batches, generated, loss_function, amp_dtype, state.scaler)
+            else:
+                image_embeddings, text_embeddings = encode(model, batches[0], generated, device, amp_dtype)
+                loss = contrastive_loss(image_embeddings, text_embeddings, model.logit_scale, **targets, group=group)
+                state.scaler.scale(loss).backward()
+            loss = loss.detach()
+            if group:
+                all_reduce_sum([loss, *(p.grad for p in model.parameters() if p.grad is not None)])
+                average_batchnorm_stats(model)
+            state.scaler.unscale_(state.optimizer)
+            if config.max_grad_norm:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+            state.scaler.step(state.optimizer)
+            state.scaler.update()
+            state.optimizer.zero_grad(set_to_none=True)
+            model.clamp_temperature()
+            if config.scheduler == "cosine":
+                state.scheduler.step()
+            if state.ema:
+                state.ema.update(model, state.step + 2)  # timm counts from 1 and only copies at 1
+            if state.augmentation:
+                state.augmentation.train_step(model, image_ids, state.step, progress)
+
+            state.loss_sum += loss
+            state.batch, state.step = state.batch + 1, state.step + 1
+            stats["images"] += world_size * len(image_ids)
+            if bar.update():  # about twice a second, so the host rarely waits for the device
+                log_step(bar, loss, state, stats)
+            if time.perf_counter() - saved > 60 * config.save_every_minutes:
+                save_checkpoint(state, config.run)
+                saved = time.perf_counter()
+    return {**stats, "seconds": time.perf_counter() - stats["start"]}
+
+
+def encode(model, batch, generated, device, amp_dtype):
+    """The embeddings of a batch and of generated batches, concatenated.
+
+    Generated images do not change the running statistics of BatchNorm.
+    """
+    with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
+        outputs = [model(batch)]
+    if not generated:
+        return outputs[0]
+    with frozen_batchnorm_stats(model):
+        for batch in generated:
+            with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
+                outputs.append(model(batch))
+    return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
+
+
+def load_steps(loader, sampler, stop, stats):
+    """Yield the micro-batches of each step, and measure the time spent waiting for them."""
+    iterator = iter(loader)
+    for count in sampler.micro_batch_counts():
+        start = time.perf_counter()
+        if stop.requested:
+            return
+        try:
+            micro_batches = [next(iterator) for _ in range(count)]
+        except RuntimeError:
+            if stop.requested:  # the loader processes received the signal too
+                return
+            raise
+        stats["data_time"] += time.perf_counter() - start
+        yield micro_batches
+
+
+def build_model(config, captions, device):
+    """The CLIP of the config, with a tokenizer built from the captions if the config asks for one."""
+    torch.manual_seed(config.seed)
+    tokenizer = train_tokenizer(captions) if config.text_tokenizer == "wordpiece" else None
+    model = first_process_first(lambda: CLIP(config, tokenizer))  # the first process may download weights
+    if config.compile:
+        model.image_encoder.compile()
+        model.text_encoder.compile(dynamic=True)
+    return model.to(device, memory_format=torch.channels_last)
+
+
+def build_optimizer(model, config):
+    """AdamW with separate learning rates for the encoders and the heads; weight decay for matrices only."""
+    groups = []
+    for name, lr, modules in (
+        ("image_encoder", config.image_encoder_lr, [model.image_encoder]),
+        ("text_encoder", config.text_encoder_lr, [model.text_encoder]),
+        ("heads", config.head_lr, [model.image_projection, model.text_projection]),
+    ):
+        parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+        parameters += [model.logit_scale] if name == "heads" else []
+        for decay in (True, False):  # no weight decay for biases, norms and the temperature
+            group = [p for p in parameters if (p.ndim >= 2) == decay]
+            weight_decay = config.weight_decay if decay else 0.0
+            if group:
+                groups.append({"params": group, "lr": lr, "weight_decay": weight_decay, "name": name})
+    return torch.optim.AdamW(groups, fused=model.device.type in ("cuda", "cpu"))
+
+
+def build_scheduler(optimizer, config, steps):
+    """ReduceLROnPlateau on the validation loss, stepped per epoch; or linear warm-up and cosine to zero, per step.
+
+    Not transformers' cosine schedule, which gives the first step a learning rate of zero.
+    """
+    if config.scheduler == "plateau":
+        return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=config.factor, patience=config.patience)
+    warmup = min(config.warmup_steps, steps // 2)
+
+    def factor(step):
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def build_ema(model, decay):
+    """The EMA of the weights; its decay grows as (1 + step) / (10 + step), so that the initialisation is forgotten."""
+    ema = ModelEmaV3(model, decay, use_warmup=True, warmup_gamma=9, warmup_power=1.0)
+    return ema.requires_grad_(False)
+
+
+def build_gan_augmentation(model, pairs, amp_dtype, config, steps):
+    """The generated pairs that `--gan` adds to the batches, or None."""
+    if config.gan == "none":
+        return None
+    from gan import build_augmentation
+
+    augmentation = build_augmentation(config, pairs, model, model.device, amp_dtype)
+    if config.gan_ratio and not any(augmentation.is_active(step / steps) for step in range(steps)):
+        raise InputError(
+            f"gan_start is {config.gan_start:g}, gan_end {config.gan_end:g}: none of the {steps} steps lies between"
+        )
+    return augmentation
+
+
+# ---- data -------------------------------------------------------------------------------------------------------
+
+
+def load_data(config):
+    """The splits of the data set, generated first if the config asks for a synthetic one."""
+    if config.sample_images and is_first_process():
+        generate_dataset(config.image_path, config.captions_path, config.sample_images)
+    splits = first_process_first(lambda: load_splits(config))
+    smallest = min(len(pairs.files) for pairs in splits.values() if pairs.files)
+    _, world_size = rank_and_world_size()
+    if smallest < world_size:
+        raise InputError(f"a split has {smallest} images, for {world_size} processes: start fewer")
+    return splits
+
+
+def build_loader(model, pairs, config):
+    """The sampler of the training pairs, and the loader of its micro-batches."""
+    tokens = TokenStore(model.tokenizer, pairs.captions, model.max_length)
+    features = pairs.image_features, pairs.text_features
+    dataset = TrainingPairs(pairs, pairs.images, tokens, model.tokenizer.pad_token_id, config, *features)
+    sampler = PairSampler(pairs, config, *rank_and_world_size())
+    workers = 0 if all(x is not None for x in features) else config.num_workers
+    pin_memory = model.device.type == "cuda"
+    return sampler, make_loader(dataset, workers, pin_memory, batch_sampler=sampler, collate_fn=dataset.collate)
+
+
+# ---- evaluation -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(model, pairs, amp_dtype, config):
+    """The retrieval metrics of a split, and its loss in batches of `batch_size` images with `captions_per_image`."""
+    image_embeddings, text_embeddings = embed_split(model, pairs, amp_dtype, config)
+    metrics = retrieval_metrics(image_embeddings, text_embeddings, pairs.image_index)
+    loss_sum = 0.0
+    for start in range(0, len(pairs.files), config.batch_size):
+        images = image_embeddings[start : start + config.batch_size]
+        captions = [pairs.captions_of(start + row)[: config.captions_per_image] for row in range(len(images))]
+        image_index = torch.tensor([row for row, own in enumerate(captions) for _ in own], device=images.device)
+        texts = text_embeddings[torch.tensor([j for own in captions for j in own], device=images.device)]
+        loss_sum += len(images) * contrastive_loss(images, texts, model.logit_scale, image_index).item()
+    return metrics, loss_sum / len(pairs.files)
+
+
+def report(state, splits, config, device, amp_dtype):
+    """Evaluate the best model on the test split (else the validation split); write results.json and figures."""
+    folder, split = Path(config.run), "test" if splits["test"].files else "validation"
+    pairs = splits[split]
+    best = first_process_first(lambda: load_model(folder / "best", device))  # written by the first process
+    images, texts = embed_split(best, pairs, amp_dtype, config)
+    validation = embed_split(best, splits["validation"], amp_dtype, config)
+    metrics = retrieval_metrics(images, texts, pairs.image_index)
+    results = {"split": split, "images": len(pairs.files), **metrics}
+    if is_first_process():
+        write_json(folder / "results.json", results)
+        plot_curves(state.history, folder / "curves.png")
+        plot_matches(pairs, images, texts, folder / "matches.png")
+        from extras.match_threshold import save_match_threshold
+
+        save_match_threshold(folder, splits["validation"], *validation)  # so that a search needs no validation images
+        print(f"\n{split} split, {results['images']:,} images:\n{format_metrics(metrics)}")
+        print(f"model, curves.png and matches.png are in {folder}")
+        print(f'to search: python inference.py "a sentence" --run {folder.as_posix()}', flush=True)
+    if process_group():  # not after an error: it would wait for processes that wait for this one
+        torch.distributed.destroy_process_group()
+    return results
+
+
+# ---- the command ------------------------------------------------------------------------------------------------
 
 
 @exit_on_input_error
 def main(argv=None):
-    """Train, evaluate on the test split, and leave pictures and numbers in the run's folder."""
-    config = resolve_config(argv)
-    import training
-
-    if training.is_first_process():
-        print(format_config(config), flush=True)
-    if config.gan != "none":
-        check_processes(config)
-    chain = config.gan != "none" and not config.gan_run
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
-        if chain:
-            train_first(config)
-        results = training.train(config)
-    except KeyboardInterrupt:  # before a first step or after the last: in between a training ends with a checkpoint
-        begun = any((Path(config.run) / name).exists() for name in ("last.pt", "first"))
-        line = f"to go on: python main.py --resume --run {config.run}" if begun else "before the first step"
-        print(f"\nstopped; {line}", flush=True)
-        raise SystemExit(130) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    first = Path(config.run) / "first"
-    if chain and read_json(first / "config.json")["epochs"] == config.epochs:
-        print(compare(read_json(first / "results.json"), results), flush=True)
-
-
-def compare(first, second):
-    """The results without and with generated pictures side by side, as text."""
-    names = ("text_to_image_R@1", "text_to_image_R@5", "image_to_text_R@1", "rsum")
-    rows = [("", "real pictures only", "and generated ones")]
-    rows += [(name.replace("_", " "), *(f"{results[name]:.1f}" for results in (first, second))) for name in names]
-    lines = [f"{name:<20}{a:>20}{b:>20}" for name, a, b in rows]
-    note = "(one run each: whether they help is asked by benchmarks/gan_ablation.py, over several seeds)"
-    return "\n" + "\n".join([*lines, note])
-
-
-def check_processes(config):
-    """Raise InputError where several processes would have to train one GAN."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and (config.gan == "joint" or not config.gan_run):
+    """Train CLIP; with `--gan` and no `--gan_run`, first a CLIP on real images and a GAN."""
+    config, sources = resolve_run(argv)
+    if is_first_process():
+        print(format_config(config, sources), flush=True)
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    all_stages = config.gan != "none" and not config.gan_run
+    if several and (all_stages or config.gan == "joint"):
         raise InputError(
-            f"gan is {config.gan} in several processes, but a GAN learns in one: train it with "
+            f"gan is {config.gan} in several processes, but a GAN is trained in one: train it with "
             "python gan.py --run ..., then give --gan pairs --gan_run ..."
         )
-
-
-def train_first(config):
-    """Train the CLIP and the GAN that a run with generated pictures needs, in first/ of its folder.
-
-    What a stopped run has already done is not done again.
-    """
-    import gan
-    import generated
-    import shapes
-    import training
-
-    # What is wrong with the later stages is said now, before anything is written.
-    generated.check_settings(config)
-    if config.sample_images:
-        shapes.draw_sample(config.image_path, config.captions_path, config.sample_images)
-    gan.learned_splits(config, config.seed)
-    first = dataclasses.replace(config, run=f"{config.run}/first", gan="none")
-    Path(first.run).mkdir(parents=True, exist_ok=True)
-    write_json(Path(config.run) / "config.json", {**vars(config), "resume": False})  # so that it can be resumed
-    print("\n==== 1 of 3: CLIP on the real pictures ====", flush=True)
-    if not (Path(first.run) / "results.json").exists():
+    with nullcontext() if several else sigterm_as_interrupt():
         try:
-            training.train(first)
-        except SystemExit:
-            print(f"to go on with all three stages: python main.py --resume --run {config.run}", flush=True)
-            raise
-    print("\n==== 2 of 3: the GAN, told the captions by that CLIP ====", flush=True)
-    gan.train_gan(first)
-    print("\n==== 3 of 3: CLIP on real and generated pictures ====", flush=True)
+            if all_stages:
+                from extras.gan_stages import train_stages
+
+                return train_stages(config, train)
+            return train(config)
+        except KeyboardInterrupt:  # before the first step or after the last: in between a checkpoint is written
+            started = any((Path(config.run) / name).exists() for name in ("last.pt", "stage1", "first"))
+            hint = f"to continue: python main.py --resume --run {config.run}" if started else "before the first step"
+            print(f"\nstopped; {hint}", flush=True)
+            raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

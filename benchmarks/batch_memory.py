@@ -1,45 +1,44 @@
-"""Peak memory of one training step as the batch grows and `micro_batch_size` stays 64.
+"""Peak memory of one training step for growing batches in micro-batches of 64 images.
 
     python benchmarks/batch_memory.py
 
-Each batch size gets a process of its own. "Peak" is the whole process (on a GPU: all that PyTorch allocated there):
-the libraries, the model, its gradients and the optimizer's state, the batch itself, and the step. The first row is a
-plain batch of 64, without gradient caching; the others are compared with it. The images are random numbers. Any
-setting of the program may be given as a flag; the defaults here are small, so that 4,096 images pass in minutes.
+Each batch size is measured in its own process. "Peak" is that of the whole process (on a GPU: of PyTorch's allocations
+there): libraries, model, gradients, optimizer state, the batch, and the step. The first row is a plain batch of 64
+without gradient caching; the others are compared with it. The images are random numbers. Any setting of the program can
+be given as a flag; the defaults here are small, so that 4,096 images take minutes.
 """
 
 import json
 import sys
-import time
 
-from common import in_fresh_process, peak_memory, report
+from common import build_state, in_fresh_process, peak_memory, report, synchronized_time, train_steps
 
 from config import build_config, parse_flags
 
-MICRO_BATCH = 64
-BATCHES = (64, 512, 4096)
+MICRO_BATCH_SIZE = 64
+BATCH_SIZES = (64, 512, 4096)
+MAX_RATIO = 1.15  # of the peak to that of a plain batch of 64
 DEFAULTS = {
     "model_name": "resnet18",
     "size": 64,
-    "text_tokenizer": "captions",
+    "text_tokenizer": "wordpiece",
     "text_layers": 2,
     "text_width": 128,
     "max_length": 32,
     "pretrained": False,
 }
-LIMIT = 1.15
 
 
 def main():
     flags, rows, plain = sys.argv[1:], [], None
-    settings = {**DEFAULTS, **parse_flags(flags)}
-    for number in BATCHES:
+    settings = {**DEFAULTS, **parse_flags(flags)[0]}
+    for number in BATCH_SIZES:
         found = in_fresh_process("measure", number, *flags)
         plain = plain or found["bytes"]
         rows.append(
             {
                 "batch": number,
-                "micro-batches": -(-number // MICRO_BATCH),
+                "micro-batches": -(-number // MICRO_BATCH_SIZE),
                 "peak, MB": round(found["bytes"] / 1e6),
                 "of it before the step, MB": round(found["before"] / 1e6),
                 "times a plain batch of 64": round(found["bytes"] / plain, 3),
@@ -47,63 +46,54 @@ def main():
             }
         )
     ratio = rows[-1]["times a plain batch of 64"]
-    report("batch_memory", rows, limit=LIMIT, within_limit=ratio <= LIMIT, settings=settings)
+    report("batch_memory", rows, limit=MAX_RATIO, within_limit=ratio <= MAX_RATIO, settings=settings)
 
 
 def measure(number, flags):
-    """Peak bytes of the process before and after one step on `number` images, and the seconds it took.
+    """Peak bytes of the process before and after one step on `number` images, and the seconds of the step.
 
-    A step on eight images comes before, so that the libraries are loaded and the optimizer has its state.
+    An earlier step on eight images loads the libraries and creates the optimizer state.
     """
     import torch
 
-    from clip import CLIP, setup_device
-    from dataset import train_tokenizer
-    from training import build_optimizer
+    from clip import CLIP
+    from utils.device import setup_device
+    from utils.tokenizer import train_tokenizer
 
-    config = build_config({**DEFAULTS, **parse_flags(flags)})
-    device, dtype = setup_device(config.device, config.precision)
+    config = build_config({**DEFAULTS, **parse_flags(flags)[0]})
+    device, amp_dtype = setup_device(config.device, config.precision)
     torch.manual_seed(0)
     model = CLIP(config, train_tokenizer([f"w{word} w{word}" for word in range(5000)]))
-    model.to(device, memory_format=torch.channels_last).train()
-    optimizer = build_optimizer(model, config, device)
-    train_step(model, optimizer, [random_micro_batch(config, 8)], device, dtype)
+    model.to(device, memory_format=torch.channels_last)
+    state = build_state(model, config, amp_dtype)
+    train_steps(state, [random_batch(config, 8)], [1], config, amp_dtype)
     before = peak_memory(device)
-    batch = [random_micro_batch(config, min(MICRO_BATCH, number - i)) for i in range(0, number, MICRO_BATCH)]
-    started = time.perf_counter()
-    train_step(model, optimizer, batch, device, dtype)
-    return {"seconds": time.perf_counter() - started, "before": before, "bytes": peak_memory(device)}
+    sizes = [min(MICRO_BATCH_SIZE, number - start) for start in range(0, number, MICRO_BATCH_SIZE)]
+    batches = [random_batch(config, size) for size in sizes]
+    start = synchronized_time(device)
+    train_steps(state, batches, [len(batches)], config, amp_dtype)
+    return {"seconds": synchronized_time(device) - start, "before": before, "bytes": peak_memory(device)}
 
 
-def train_step(model, optimizer, micro_batches, device, dtype):
+def random_batch(config, num_images):
+    """A `Batch` as the loader returns it: uint8 images in channels-last layout, with one caption each."""
     import torch
 
-    from clip import contrastive_backward
+    from dataset import Batch
 
-    contrastive_backward(model, micro_batches, device, dtype)
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def random_micro_batch(config, images):
-    """As the loader's: uint8 images, channels last, with one caption each."""
-    import torch
-
-    ids = torch.randint(5, 5000, (images, config.max_length))
-    pixels = torch.randint(0, 256, (images, 3, config.size, config.size), dtype=torch.uint8)
-    return {
-        "image_index": torch.arange(images),
-        "images": pixels.contiguous(memory_format=torch.channels_last),
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-    }
+    input_ids = torch.randint(5, 5000, (num_images, config.max_length))
+    images = torch.randint(0, 256, (num_images, 3, config.size, config.size), dtype=torch.uint8)
+    return Batch(
+        image_index=torch.arange(num_images),
+        image_ids=torch.arange(num_images),
+        images=images.contiguous(memory_format=torch.channels_last),
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
+    )
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["measure"]:  # one measurement, in a process of its own
+    if sys.argv[1:2] == ["measure"]:  # one measurement, in its own process
         print(json.dumps(measure(int(sys.argv[2]), sys.argv[3:])))
     else:
         main()

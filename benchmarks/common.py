@@ -1,24 +1,28 @@
-"""What the benchmarks share: drawn photographs, peak memory, fresh processes, and results with their circumstances.
+"""Helpers shared by the benchmarks: synthetic images, training steps, peak memory, subprocesses, result files.
 
-Each benchmark is run from the repository's root (`python benchmarks/loss.py`), prints a table, and writes it to
-benchmarks/results/ with the hardware, the versions and the command. The machines that run them are noisy: what is
-compared is measured in turn, several times, and reported as the median with the smallest and the largest value.
+Run a benchmark from the root of the repository (`python benchmarks/loss.py`). It prints a table and writes it to
+benchmarks/results/ together with the hardware, the versions and the command. Timings are noisy, so the candidates are
+measured in turn over several rounds and reported as the median with the range.
 """
 
 import csv
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from config import build_config, parse_flags, write_json  # noqa: E402 (it lies in the repository's root)
+from config import build_config, parse_flags  # noqa: E402
+from utils.files import write_json  # noqa: E402
 
 PACKAGES = ("torch", "torchvision", "timm", "transformers", "numpy", "pillow", "albumentations")
 
@@ -26,12 +30,12 @@ PACKAGES = ("torch", "torchvision", "timm", "transformers", "numpy", "pillow", "
 # ---- data -------------------------------------------------------------------------------------------------------
 
 
-def draw_photographs(folder, count, seed=0):
-    """Write `count` 500 x 375 JPEGs and a captions file in Kaggle's layout, five captions a picture; returns settings.
+def write_noise_images(folder, count, seed=0):
+    """Write `count` 500 x 375 JPEGs and a captions file in Kaggle's layout, five captions per image.
 
-    The pictures are as costly to decode as photographs are (noise at every scale, about 110 kB each; Flickr8k's have
-    about 130 kB), and the captions as long as Flickr8k's (logarithms of the numbers of words: mean 2.41, deviation
-    0.34; at most 38).
+    The images cost as much to decode as photographs (noise at every scale, about 110 kB each; about 130 kB in
+    Flickr8k), and the captions are as long as those of Flickr8k (log-normal number of words with mean 2.41 and
+    standard deviation 0.34 of the logarithm, at most 38 words). Returns the settings `image_path` and `captions_path`.
     """
     import numpy as np
 
@@ -42,46 +46,128 @@ def draw_photographs(folder, count, seed=0):
         writer.writerow(["image", "caption"])
         for number in range(count):
             name = f"{number:05d}.jpg"
-            draw_photograph(rng).save(folder / "Images" / name, quality=92)
+            noise_image(rng).save(folder / "Images" / name, quality=92)
             for _ in range(5):
                 words = int(np.clip(rng.lognormal(2.41, 0.34), 2, 38))
                 writer.writerow([name, " ".join(f"w{word}" for word in rng.integers(0, 500, words))])
     return {"image_path": str(folder / "Images"), "captions_path": str(folder / "captions.txt")}
 
 
-def draw_photograph(rng):
-    """A 500 x 375 picture whose spectrum falls off as a photograph's does: noise of seven octaves."""
+def noise_image(rng):
+    """A 500 x 375 PIL image with the spectrum of a photograph: noise in seven octaves."""
     import numpy as np
     from PIL import Image
 
     pixels = np.full((375, 500, 3), 128, dtype=np.float32)
     for octave in range(7):
         shape = (9 * 2**octave // 2, 6 * 2**octave)
-        noise = rng.normal(0, 30, (*shape, 3)) + rng.normal(0, 40, (*shape, 1))  # mostly light and dark
+        noise = rng.normal(0, 30, (*shape, 3)) + rng.normal(0, 40, (*shape, 1))  # more luminance than colour
         noise = Image.fromarray(np.clip(noise + 128, 0, 255).astype(np.uint8))
         smooth = np.asarray(noise.resize((500, 375), Image.Resampling.BILINEAR), dtype=np.float32) - 128
         pixels += smooth / 1.15**octave
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
-def benchmark_config(folder, flags, pictures, **defaults):
-    """The `Config` of a benchmark: its own defaults, then the flags; draws photographs into `folder` if none are named.
+def benchmark_config(folder, flags, num_images, **defaults):
+    """The `Config` of a benchmark: its defaults, overridden by the flags.
 
-    Encoders start from scratch with a tokenizer made from the captions, so that nothing has to be fetched.
+    Without the flag `--image_path`, `num_images` synthetic images are written to `folder`. Encoders are trained from
+    scratch with a tokenizer built from the captions, so nothing is downloaded.
     """
-    given = parse_flags(flags)
-    values = {"pretrained": False, "text_tokenizer": "captions", "num_workers": min(4, os.cpu_count()), **defaults}
+    given, _ = parse_flags(flags)
+    values = {"pretrained": False, "text_tokenizer": "wordpiece", "num_workers": min(4, os.cpu_count()), **defaults}
     values |= {"run": str(Path(folder) / "run"), "cache_path": str(Path(folder) / "cache")}
     if "image_path" not in given:
-        values |= draw_photographs(Path(folder) / "drawn", pictures)
+        values |= write_noise_images(Path(folder) / "data", num_images)
     return build_config({**values, **given})
+
+
+# ---- training ---------------------------------------------------------------------------------------------------
+
+
+class TrainingLoop:
+    """The program's own training, a few steps at a time: `main.train` up to the first epoch, then `train_one_epoch`."""
+
+    def __init__(self, config):
+        import main
+        from utils.device import setup_device
+        from utils.distributed import init_processes
+        from utils.embed import precompute_features
+        from utils.image_store import open_images
+
+        self.config = config = init_processes(config)
+        self.device, self.amp_dtype = setup_device(config.device, config.precision)
+        splits = main.load_data(config)
+        self.pairs = splits["train"]
+        self.model = main.build_model(config, self.pairs.captions, self.device)
+        open_images(splits, config)
+        precompute_features(self.model, splits, self.amp_dtype, config)
+        sampler, loader = main.build_loader(self.model, self.pairs, config)
+        self.state = build_state(self.model, config, self.amp_dtype, self.pairs, config.epochs * sampler.num_batches)
+        self.batches = endless_batches(sampler, loader)
+        self.counts = itertools.cycle(sampler.micro_batch_counts())  # micro-batches of each step
+
+    def train(self, steps):
+        """Train for some steps; returns the seconds spent waiting for data."""
+        counts = list(itertools.islice(self.counts, steps))
+        return train_steps(self.state, self.batches, counts, self.config, self.amp_dtype)["data_time"]
+
+
+def endless_batches(sampler, loader):
+    """Yield the loader's micro-batches, epoch after epoch."""
+    for epoch in itertools.count():
+        sampler.epoch = epoch
+        yield from loader
+
+
+def build_state(model, config, amp_dtype, pairs=None, steps=1):
+    """The `main.TrainState` of a new run of `steps` steps."""
+    import torch
+
+    import main
+
+    optimizer = main.build_optimizer(model, config)
+    return main.TrainState(
+        model=model,
+        ema=main.build_ema(model, config.ema_decay) if config.ema_decay else None,
+        optimizer=optimizer,
+        scheduler=main.build_scheduler(optimizer, config, steps),
+        scaler=torch.amp.GradScaler(model.device.type, enabled=amp_dtype == torch.float16),
+        augmentation=main.build_gan_augmentation(model, pairs, amp_dtype, config, steps),
+        loss_sum=torch.zeros((), device=model.device),
+    )
+
+
+def train_steps(state, batches, counts, config, amp_dtype):
+    """Run `main.train_one_epoch` on an epoch of len(counts) steps; returns its statistics.
+
+    Args:
+        batches: iterable of micro-batches. counts: number of micro-batches of each step.
+    """
+    import main
+
+    sampler = SimpleNamespace(num_batches=len(counts), micro_batch_counts=lambda: counts)
+    state.batch = 0
+    return main.train_one_epoch(state, sampler, batches, config, amp_dtype, stop=False)
 
 
 # ---- measuring --------------------------------------------------------------------------------------------------
 
 
+def synchronized_time(device):
+    """Seconds on a monotonic clock, after all processes got here and the device has finished its work."""
+    import torch
+    import torch.distributed as dist
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+    return time.perf_counter()
+
+
 def peak_memory(device="cpu"):
-    """The largest memory this process ever held, bytes: on a GPU what PyTorch allocated there, else in RAM."""
+    """Peak memory of this process, bytes: on a GPU what PyTorch allocated there, else the resident set size."""
     if str(device).startswith("cuda"):
         import torch
 
@@ -92,10 +178,10 @@ def peak_memory(device="cpu"):
 
 
 def in_fresh_process(*arguments, launcher=()):
-    """Run this benchmark again in a process of its own and return the JSON that its last line holds.
+    """Run this benchmark again in a new process and return the JSON in the last line of its output.
 
-    A peak of memory never falls, and on Linux a new process starts with its parent's: so each measurement gets a
-    process, and the benchmark that starts them imports nothing large.
+    Peak memory never falls, and on Linux a new process inherits the peak of its parent. So each measurement has its
+    own process, and a benchmark that measures memory imports nothing large in the parent.
     """
     command = [sys.executable, *launcher, sys.argv[0], *map(str, arguments)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
@@ -112,8 +198,13 @@ def spread(values, digits=2):
 
 
 def report(name, rows, details=None, folder=None, **more):
-    """Print the rows (dicts with the same keys) as a Markdown table and write them to results/ (or `folder`), with
-    `more` and, not printed, the dict `details`.
+    """Print a table and write it to results/`name`.json, with the hardware, the versions and the command.
+
+    Args:
+        rows: dicts with the same keys, one per row of the table.
+        details: dict that is written but not printed.
+        folder: in place of benchmarks/results.
+        more: further results, printed below the table and written.
     """
     columns = list(rows[0])
     print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
@@ -129,14 +220,13 @@ def report(name, rows, details=None, folder=None, **more):
         **more,
         **(details or {}),
     }
-    folder = Path(folder or ROOT / "benchmarks" / "results")
-    folder.mkdir(exist_ok=True)
-    write_json(folder / f"{name}.json", content)
-    print(f"written to {folder / name}.json")
+    path = Path(folder or ROOT / "benchmarks" / "results") / f"{name}.json"
+    write_json(path, content)
+    print(f"written to {path}")
 
 
 def hardware():
-    """The processor with its cores and memory, and the GPUs if there are any."""
+    """Processor, cores, memory and GPUs of this machine, a dict."""
     import torch
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0

@@ -1,37 +1,39 @@
-"""What generated pictures are worth to CLIP: arms times seeds, paired differences with 95% intervals.
+"""What generated images are worth to CLIP: arms times seeds, paired differences with 95% intervals.
 
-    python benchmarks/gan_ablation.py                                    the drawn data set, all arms, five seeds
+    python benchmarks/gan_ablation.py                                    the synthetic data set, all arms, five seeds
     python benchmarks/gan_ablation.py --share 0.1                        with a tenth of the training images
-    python benchmarks/gan_ablation.py --share 0.25 --held_out 8          eight colour-shape combinations in no training
-                                                                         image; generated from their captions
-    python benchmarks/gan_ablation.py --preset best --image_path ... --captions_path ...        Flickr8k
+    python benchmarks/gan_ablation.py --share 0.25 --held_out 8          eight combinations of colour and shape are in
+                                                                         no training image, but are generated
+    python benchmarks/gan_ablation.py --preset scratch --image_path ... --captions_path ...     Flickr8k
 
-Every arm of a seed starts from the same weights and sees the same real batches for the same number of steps (fewer
-images are shown more often: epochs are divided by the share):
+All arms of a seed start from the same weights and train on the same real batches for the same number of steps (with
+fewer images there are more epochs: their number is divided by the share):
 
     real          real pairs only
-    pairs         and generated pictures with their captions
-    shuffled      the same, each with the caption of another: the negative control
-    blurred       in place of generated pictures the real ones, reduced to the generator's size: is it just blur?
-    captions      real pairs and variants of their captions (augmentation.py, meaning kept), no generated pictures
-    new_captions  generated pictures for captions that no photograph has (augmentation.py, meaning new)
-    sentences     the same for captions of scenes that were never drawn (few pictures, many sentences)
-    joint         as pairs, from a GAN that goes on learning
+    pairs         also generated images with their captions
+    shuffled      also generated images, each with the caption of another one: the negative control
+    blurred       also real images downsampled to the resolution of the generator: is it just blur?
+    captions      real pairs and variants of their captions (extras.augment_captions, same meaning)
+    new_captions  also generated images for captions of no image (extras.augment_captions, new meaning)
+    sentences     also generated images for captions of scenes outside the data set (few images, many sentences)
+    joint         as pairs, with a GAN that is trained along
 
-With combinations held out, pairs, shuffled and joint make pictures for captions with them and for training captions.
-The data set, the first CLIP and its GAN are made once and shared by all seeds: the intervals say how sure the
-differences are for this data set and this GAN. Settings are to be chosen with another `--data_seed`, which draws other
-pictures and holds out other combinations. Fewer than five seeds give no conclusion. Finished runs are kept in
-`--folder`; a stopped benchmark goes on where it was. Other flags are main.py's (default: --preset demo).
+With combinations held out, pairs, shuffled and joint generate images for captions with these combinations as well as
+for training captions. The data set, the CLIP of stage 1 and its GAN are created once and shared by all seeds: the
+intervals are for this data set and this GAN. Choose settings with another `--data_seed`, which gives other images and
+holds out other combinations. Fewer than five seeds give no conclusion. Finished runs are kept in `--folder`; a stopped
+benchmark continues there. Other flags are those of main.py (default: --preset demo).
 """
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import math
 import statistics
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 
@@ -39,61 +41,59 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
 from common import report  # noqa: E402
+from scipy import stats  # noqa: E402
 from zero_shot_shapes import labels_of, share_named  # noqa: E402
 
 import gan  # noqa: E402
-import training  # noqa: E402
-from augmentation import Neighbours, augment_captions, read_again, write_variants  # noqa: E402
+import main as clip_training  # noqa: E402
 from clip import load_model  # noqa: E402
-from config import (  # noqa: E402
-    InputError,
-    OneLineParser,
-    build_config,
-    exit_on_input_error,
-    parse_flags,
-    read_json,
-    write_json,
-)
-from dataset import load_splits, read_captions  # noqa: E402
-from gan import PictureStore, resize_pictures  # noqa: E402
-from generated import GeneratedPairs  # noqa: E402
-from index import embed_captions, embed_images  # noqa: E402
-from inference import own_split  # noqa: E402
-from shapes import COLOURS, SHAPES, all_scenes, captions_of, draw_sample, draw_scene  # noqa: E402
-from zero_shot import embedding_logits  # noqa: E402
+from config import InputError, build_config  # noqa: E402
+from dataset import SIDED, load_splits  # noqa: E402
+from extras.augment_captions import TrigramProposals, augment_captions, filter_variants, write_variants  # noqa: E402
+from extras.search_index import default_split  # noqa: E402
+from extras.zero_shot import embedding_logits  # noqa: E402
+from inference import embed_images  # noqa: E402
+from utils.captions import read_captions  # noqa: E402
+from utils.cli import exit_on_input_error  # noqa: E402
+from utils.embed import embed_captions  # noqa: E402
+from utils.files import atomic_write, read_json, write_json  # noqa: E402
+from utils.flags import OneLineParser, parse_flags  # noqa: E402
+from utils.gan_data import GANData  # noqa: E402
+from utils.image_ops import resize_images  # noqa: E402
+from utils.synthetic import COLORS, SHAPES, all_scenes, generate_dataset, render_scene, scene_captions  # noqa: E402
 
 ARMS = ("real", "pairs", "shuffled", "blurred", "captions", "new_captions", "sentences", "joint")
-ENOUGH = 5  # seeds
-OWN = {"run", "resume", "seed", "gan", "gan_run", "gan_captions"}  # settings of the arms
-FIRST_SEED = 1000  # of the CLIP whose GAN is used: none of the arms' seeds
-NEW_CAPTIONS = 2000
-VALIDATION, TEST = 200, 400  # images drawn for each
+MIN_SEEDS = 5  # for a conclusion
+ARM_SETTINGS = {"run", "resume", "seed", "gan", "gan_run", "gan_captions"}  # set by the benchmark
+STAGE_1_SEED = 1000  # of the CLIP and the GAN of stage 1; not allowed for an arm
+NUM_NEW_CAPTIONS = 2000
+NUM_VALIDATION, NUM_TEST = 200, 400  # synthetic images
 
 
 # ---- control arms -----------------------------------------------------------------------------------------------
 
 
-class Shuffled(GeneratedPairs):
-    """Pictures that pass the gate as they are, each then given the caption of the next."""
+class Shuffled(gan.GANAugmentation):
+    """Generated images that pass the filter, each with the caption of the next one."""
 
-    def make(self, chosen, random):
-        batch = super().make(chosen, random)
+    def generate_batch(self, chosen, random):
+        batch = super().generate_batch(chosen, random)
         if batch is not None:
             for name in ("input_ids", "attention_mask", "image_ids"):
-                batch[name] = batch[name].roll(1, 0)
+                setattr(batch, name, getattr(batch, name).roll(1, 0))
         return batch
 
 
-class Blurred(GeneratedPairs):
-    """The captions' own photographs at the generator's size in place of its pictures."""
+class Blurred(gan.GANAugmentation):
+    """The real images of the captions, at the resolution of the generator, in place of generated ones."""
 
-    def __init__(self, config, pairs, model, device, dtype):
-        super().__init__(config, pairs, model, device, dtype)
-        store = PictureStore(self.judge, pairs, config, self.generator.architecture.size, device)
-        self.photographs = store.pictures
+    def __init__(self, config, pairs, model, device, amp_dtype):
+        super().__init__(config, pairs, model, device, amp_dtype)
+        config = dataclasses.replace(config, gan_size=self.generator.architecture["size"])
+        self.real_images = GANData(self.clip, pairs, config, SIDED, device).images
 
-    def paint(self, chosen, random):
-        return resize_pictures(self.photographs[self.image_ids[chosen]].float() / 255, self.config.size)
+    def generate_images(self, chosen, random):
+        return resize_images(self.real_images[self.image_ids[chosen]].float() / 255, self.config.size)
 
 
 CONTROLS = {"shuffled": Shuffled, "blurred": Blurred}
@@ -103,20 +103,24 @@ CONTROLS = {"shuffled": Shuffled, "blurred": Blurred}
 
 
 def prepare_data(config, folder, share, held_out, data_seed):
-    """The settings of the data set for this question, written into `folder` where it is a new one.
+    """The changed settings of the data set, which is written to `folder` where it is a new one.
 
-    The split is always written down: without official files every seed would split otherwise, and the GAN, whose run
-    has a seed of its own, would have seen test pictures.
+    The split is always written to files: otherwise another seed would give another split, and the GAN, whose run has a
+    seed of its own, would have seen test images.
     """
     changes = {name: round(getattr(config, name) / share) for name in ("epochs", "gan_epochs")}
     changes |= {"captions_path": str(folder / "captions.txt"), "sample_images": 0}
     if held_out:
-        draw_held_out(folder, config.sample_images, held_out, share, data_seed)
+        render_held_out(folder, config.sample_images, held_out, share, data_seed)
         return {**changes, "image_path": str(folder / "Images")}
     if config.sample_images:
-        paths = {"image_path": str(folder / "Images"), "captions_path": str(folder / "drawn" / "captions.txt")}
-        counts = {"train_images": config.sample_images, "validation_images": VALIDATION, "test_images": TEST}
-        draw_sample(**paths, **counts, seed=data_seed)
+        paths = {"image_path": str(folder / "Images"), "captions_path": str(folder / "all" / "captions.txt")}
+        counts = {
+            "train_images": config.sample_images,
+            "validation_images": NUM_VALIDATION,
+            "test_images": NUM_TEST,
+        }
+        generate_dataset(**paths, **counts, seed=data_seed)
         config = dataclasses.replace(config, **paths)
         changes["image_path"] = paths["image_path"]
     if (folder / "captions.txt").exists():
@@ -125,184 +129,180 @@ def prepare_data(config, folder, share, held_out, data_seed):
     names = {split: pairs.names for split, pairs in splits.items()}
     order = np.random.default_rng(data_seed).permutation(len(names["train"]))
     kept = sorted(order[: max(2, round(share * len(order)))])
-    named = {"train": [names["train"][i] for i in kept], "dev": names["validation"], "test": names["test"]}
-    everything = {name for part in named.values() for name in part}
+    split_files = {"train": [names["train"][i] for i in kept], "dev": names["validation"], "test": names["test"]}
+    used = {name for part in split_files.values() for name in part}
     if config.sample_images:
         known = set(frame["caption"])
-        unseen = [captions_of(scene) for scene in all_scenes() if captions_of(scene)[0] not in known]
+        unseen = [scene_captions(scene) for scene in all_scenes() if scene_captions(scene)[0] not in known]
         write_scenes(folder / "scenes.txt", unseen, known)
-    write_data(folder, list(frame[frame["image"].isin(everything)].itertuples(index=False)), named)
+    write_data(folder, list(frame[frame["image"].isin(used)].itertuples(index=False)), split_files)
     return changes
 
 
-def draw_held_out(folder, images, held_out, share, seed):
-    """Draw a data set whose training and validation images lack `held_out` combinations of colour and shape.
+def render_held_out(folder, num_images, held_out, share, seed):
+    """Write a data set whose training and validation images lack `held_out` combinations of colour and shape.
 
-    Half of the test images show one. The combinations spread over colours and shapes: none is new by itself.
-    `scenes.txt` lists captions of other scenes with them, for the generator.
+    Half of the test images contain one of them. The combinations are spread over colours and shapes, so that none of
+    these is new. scenes.txt lists captions of other scenes with the combinations, for the generator.
     """
     if (folder / "captions.txt").exists():
         return
     rng = np.random.default_rng(seed)
-    combinations = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+    combinations = [(color, shape) for color in COLORS for shape in SHAPES]
     absent = set(spread(combinations, held_out, rng))
     scenes = all_scenes()
     shuffled = [scenes[i] for i in rng.permutation(len(scenes))]
     with_absent = [scene for scene in shuffled if {scene[1], scene[3]} & absent]
     without = [scene for scene in shuffled if not {scene[1], scene[3]} & absent]
-    train = max(2, round(share * images))
-    half = TEST // 2
-    needed = train + VALIDATION + half
+    train = max(2, round(share * num_images))
+    half = NUM_TEST // 2
+    needed = train + NUM_VALIDATION + half
     if len(without) < needed or len(with_absent) < half:
         raise InputError(
-            f"held_out is {held_out}, which leaves {len(without)} scenes without those combinations, of which "
-            f"{needed} are needed: hold out fewer, or give a smaller --share"
+            f"held_out is {held_out}, which leaves {len(without)} scenes without those combinations, but {needed} are "
+            "needed: hold out fewer, or give a smaller --share"
         )
-    parts = {
+    splits = {
         "train": without[:train],
-        "dev": without[train : train + VALIDATION],
-        "test": with_absent[:half] + without[train + VALIDATION : needed],
+        "dev": without[train : train + NUM_VALIDATION],
+        "test": with_absent[:half] + without[train + NUM_VALIDATION : needed],
     }
     (folder / "Images").mkdir(parents=True, exist_ok=True)
-    rows, named, number = [], {}, 0
-    for split, chosen in parts.items():
-        named[split] = []
+    rows, split_files, number = [], {}, 0
+    for split, chosen in splits.items():
+        split_files[split] = []
         for scene in chosen:
             name, number = f"{split}_{number:05d}.jpg", number + 1
-            draw_scene(scene, rng).save(folder / "Images" / name, quality=92)
-            rows += [(name, caption) for caption in captions_of(scene)]
-            named[split].append(name)
-    tested = {caption for scene in parts["test"] for caption in captions_of(scene)}
-    scenes = [*with_absent[half : half + NEW_CAPTIONS // 5], *parts["train"]]
-    write_scenes(folder / "scenes.txt", [captions_of(scene) for scene in scenes], tested)
-    write_json(folder / "held_out.json", {"combinations": sorted(absent), "test_images": named["test"][:half]})
-    write_data(folder, rows, named)
+            render_scene(scene, rng).save(folder / "Images" / name, quality=92)
+            rows += [(name, caption) for caption in scene_captions(scene)]
+            split_files[split].append(name)
+    test_captions = {caption for scene in splits["test"] for caption in scene_captions(scene)}
+    scenes = [*with_absent[half : half + NUM_NEW_CAPTIONS // 5], *splits["train"]]
+    write_scenes(folder / "scenes.txt", [scene_captions(scene) for scene in scenes], test_captions)
+    content = {"combinations": sorted(absent), "test_images": split_files["test"][:half]}
+    write_json(folder / "held_out.json", content)
+    write_data(folder, rows, split_files)
 
 
-def write_scenes(path, scenes, without):
-    """A file for --gan_captions: the captions of a scene are a group; those of `without` are left out.
+def write_scenes(path, scenes, exclude):
+    """Write a file for --gan_captions: the captions of a scene form a group; those in `exclude` are omitted.
 
-    One caption in five names no relation, so that two scenes have it.
+    One caption in five names no relation, so two scenes share it.
     """
-    lines = [f"{n}\t{text}" for n, captions in enumerate(scenes) for text in captions if text not in without]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    lines = [f"{n}\t{text}" for n, captions in enumerate(scenes) for text in captions if text not in exclude]
+    with atomic_write(path) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def spread(combinations, number, rng):
-    """`number` (colour, shape) combinations, as evenly over colours and shapes as can be."""
+    """`number` random (colour, shape) combinations, as evenly over colours and shapes as possible."""
     chosen = []
     for combination in sorted(combinations, key=lambda _: rng.random()):
-        most = [math.ceil(number / len(names)) for names in (COLOURS, SHAPES)]
+        max_used = [math.ceil(number / len(names)) for names in (COLORS, SHAPES)]
         used = [sum(combination[k] == other[k] for other in chosen) for k in (0, 1)]
-        if len(chosen) < number and used[0] < most[0] and used[1] < most[1]:
+        if len(chosen) < number and used[0] < max_used[0] and used[1] < max_used[1]:
             chosen.append(combination)
     return chosen
 
 
-def write_data(folder, rows, named):
-    """A captions file and the official kind of split files; the captions last, so where they stand all is whole."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for split, names in named.items():
-        (folder / f"data.{split}Images.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
-    with open(folder / "captions.tmp", "w", newline="", encoding="utf-8") as file:
+def write_data(folder, rows, split_files):
+    """Write official-style split files and a captions file; the captions last: where they exist, all is complete."""
+    for split, names in split_files.items():
+        with atomic_write(folder / f"data.{split}Images.txt") as temporary:
+            temporary.write_text("\n".join(names) + "\n", encoding="utf-8")
+    with atomic_write(folder / "captions.txt") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("image", "caption"), *rows])
-    (folder / "captions.tmp").replace(folder / "captions.txt")
 
 
 # ---- runs -------------------------------------------------------------------------------------------------------
 
 
-def train_first(config, folder):
-    """The CLIP and the GAN that all arms share; their run's folder."""
-    first = dataclasses.replace(config, run=str(folder / "first"), gan="none", gan_run="", seed=FIRST_SEED)
-    if not (folder / "first" / "results.json").exists():
-        training.train(first)
-    gan.train_gan(first)
-    return str(folder / "first")
+def train_stages_1_and_2(config, folder):
+    """Train the CLIP and the GAN that all arms share; returns their run folder."""
+    run = folder / "stage1"
+    stage_1 = dataclasses.replace(config, run=str(run), gan="none", gan_run="", seed=STAGE_1_SEED)
+    if not (run / "results.json").exists():
+        clip_training.train(stage_1)
+    gan.train_gan(stage_1)
+    return str(run)
 
 
-def settings_of(arm, config, folder, first):
-    """What an arm changes in the settings."""
+def arm_settings(arm, config, folder, stage_1):
+    """The settings that an arm changes."""
     changes = {"gan": {"real": "none", "captions": "none", "joint": "joint"}.get(arm, "pairs")}
-    scenes = folder / "data" / "scenes.txt"
     held_out = (folder / "data" / "held_out.json").exists()
     if arm == "sentences" or (held_out and arm in ("pairs", "shuffled", "joint")):
-        changes["gan_captions"] = str(scenes)
+        changes["gan_captions"] = str(folder / "data" / "scenes.txt")
     if arm == "new_captions":
-        changes["gan_captions"] = str(augmented(config, folder, first, "new"))
+        changes["gan_captions"] = str(augmented_captions(config, folder, stage_1, "new"))
     if arm == "captions":
-        changes["captions_path"] = str(augmented(config, folder, first, "kept"))
+        changes["captions_path"] = str(augmented_captions(config, folder, stage_1, "same"))
         frame = read_captions(changes["captions_path"])
-        # Larger groups of captions instead of more of them: the same number of steps as the other arms have.
-        of_image = read_captions(config.captions_path)["image"].value_counts().max()
-        groups = -(-of_image // config.captions_per_image)
-        changes["captions_per_image"] = int(-(-frame["image"].value_counts().max() // groups))
+        # Larger groups of captions rather than more groups: the number of steps is that of the other arms.
+        max_captions = read_captions(config.captions_path)["image"].value_counts().max()
+        groups = math.ceil(max_captions / config.captions_per_image)
+        changes["captions_per_image"] = math.ceil(frame["image"].value_counts().max() / groups)
     return changes
 
 
-def augmented(config, folder, first, meaning):
+def augmented_captions(config, folder, stage_1, meaning):
     """The file with new captions, or with the captions and their variants."""
-    path = folder / meaning / "captions.txt"
+    path = folder / f"{meaning}_meaning" / "captions.txt"
     if path.exists():
         return path
-    pairs = load_splits(config)["train"]
-    neighbours = Neighbours(pairs.captions)
-    number = NEW_CAPTIONS if meaning == "new" else None
-    frame = read_captions(config.captions_path)  # a caption of a test picture is not to be learned from
-    rows = augment_captions(pairs, neighbours, meaning, number=number, known=frame["caption"])
-    accepted = read_again(rows, meaning, neighbours, pairs, first)
-    rows = [row for row, good in zip(rows, accepted, strict=True) if good]
-    path.parent.mkdir(exist_ok=True)
+    splits, frame = load_splits(config), read_captions(config.captions_path)
+    proposals = TrigramProposals(splits["train"].captions)
+    number = NUM_NEW_CAPTIONS if meaning == "new" else None
+    # Captions of test images must not be trained on.
+    rows = augment_captions(splits["train"], proposals, meaning, number=number, known=frame["caption"])
+    rows = filter_variants(rows, meaning, proposals, splits["train"], stage_1)
     if meaning == "new":
-        write_variants(path, rows, pairs, meaning)
+        write_variants(path, rows, splits["train"], meaning)
         return path
     variants = {}
     for image, _, variant in rows:
-        variants.setdefault(pairs.names[image], []).append(variant)
-    groups = frame.groupby("image", sort=False)["caption"].agg(list).to_dict()
-    splits = load_splits(config)
-    places = {"train": "train", "dev": "validation", "test": "test"}
-    named = {place: splits[split].names for place, split in places.items()}
-    write_data(path.parent, [(n, c) for n, texts in groups.items() for c in [*texts, *variants.get(n, [])]], named)
+        variants.setdefault(splits["train"].names[image], []).append(variant)
+    captions = frame.groupby("image", sort=False)["caption"].agg(list).to_dict()
+    rows = [(name, text) for name, texts in captions.items() for text in [*texts, *variants.get(name, [])]]
+    write_data(
+        path.parent,
+        rows,
+        {"train": splits["train"].names, "dev": splits["validation"].names, "test": splits["test"].names},
+    )
     return path
 
 
-def run_arm(arm, seed, config, folder, first):
-    """Train one arm with one seed, unless it has been; its test figures as a dict."""
-    place = folder / f"{arm}-{seed}"
-    if not (place / "test.json").exists():
-        changes = {"run": str(place), "seed": seed, "gan_run": first, **settings_of(arm, config, folder, first)}
-        trainer = training.Trainer(dataclasses.replace(config, **changes))
-        if arm in CONTROLS:
-            trainer.generated = CONTROLS[arm](
-                trainer.config, trainer.splits["train"], trainer.model, trainer.device, trainer.dtype
-            )
-            trainer.load_checkpoint()
-        trainer.fit()
-        write_json(place / "test.json", test_figures([place], config, folder))
-    return read_json(place / "test.json")
+def run_arm(arm, seed, config, folder, stage_1):
+    """Train one arm with one seed, unless it is finished; returns its test metrics, a dict."""
+    run = folder / f"{arm}-{seed}"
+    if not (run / "test.json").exists():
+        changes = {"run": str(run), "seed": seed, "gan_run": stage_1, **arm_settings(arm, config, folder, stage_1)}
+        control = patch("gan.build_augmentation", CONTROLS[arm]) if arm in CONTROLS else contextlib.nullcontext()
+        with control:
+            clip_training.train(dataclasses.replace(config, **changes))
+        write_json(run / "test.json", test_metrics([run], config, folder))
+    return read_json(run / "test.json")
 
 
 def run_arms(arms, seeds, config, folder):
-    """The figures of all arms and seeds, {arm: {seed: {figure: value}}}."""
-    first, results = train_first(config, folder), {}
+    """The test metrics of all arms and seeds, {arm: {seed: {metric: value}}}."""
+    stage_1, results = train_stages_1_and_2(config, folder), {}
     for arm in arms:
         results[arm] = {}
         for seed in seeds:
             print(f"\n==== {arm}, seed {seed} ====", flush=True)
-            results[arm][seed] = run_arm(arm, seed, config, folder, first)
+            results[arm][seed] = run_arm(arm, seed, config, folder, stage_1)
     return results
 
 
-def test_figures(runs, config, folder):
-    """Text-to-image R@1 and R@5 (%), on all test captions and on those of held-out and of seen combinations.
+def test_metrics(runs, config, folder):
+    """Text-to-image R@1 and R@5 (%), over all test captions and over those with held-out and with seen combinations.
 
-    Without test images (the settings were then to be chosen elsewhere) the validation images stand in for them.
-
-    On the drawn data set also how many of the test pictures' shapes and colours are named zero-shot (%; see
-    zero_shot_shapes.py). Of several runs the cosines and logits are averaged.
+    Without a test split, on the validation split: then choose settings elsewhere. On the synthetic data set also the
+    share of colours and shapes of the test images that are named zero-shot (%; see zero_shot_shapes.py). Several runs
+    are an ensemble: the means of their cosines and logits.
     """
-    test, models = own_split(config)[1], [load_model(run) for run in runs]
+    test, models = default_split(config)[1], [load_model(run) for run in runs]
     images = [embed_images(model, test.files) for model in models]
     scores = sum(embed_captions(m, test.captions) @ vectors.T for m, vectors in zip(models, images, strict=True)).cpu()
     owner = torch.from_numpy(test.image_index)
@@ -312,15 +312,15 @@ def test_figures(runs, config, folder):
         names = set(read_json(folder / "data" / "held_out.json")["test_images"])
         held_out = torch.tensor([test.names[image] in names for image in owner.tolist()])
         parts |= {" held-out": held_out, " seen": ~held_out}
-    figures = {
+    metrics = {
         f"R@{k}{part}": 100 * (ranks[mask] <= k).double().mean().item() for part, mask in parts.items() for k in (1, 5)
     }
-    for kind, names in (("colour", COLOURS), ("shape", SHAPES)):
-        truth = [labels_of(test.captions[first], kind) for first in test.first[:-1]]
+    for name, kind, labels in (("colours", "color", COLORS), ("shapes", "shape", SHAPES)):
+        truth = [labels_of(test.captions[first], kind) for first in test.caption_offsets[:-1]]
         if all(truth):
-            logits = embedding_logits(models, images, list(names))
-            figures[f"zero-shot {kind}s"] = share_named(logits, truth, list(names))[0]
-    return figures
+            logits = embedding_logits(models, images, list(labels))
+            metrics[f"zero-shot {name}"] = share_named(logits, truth, list(labels))[0]
+    return metrics
 
 
 # ---- the table --------------------------------------------------------------------------------------------------
@@ -329,144 +329,143 @@ def test_figures(runs, config, folder):
 def interval(differences):
     """Mean and half-width of the 95% interval of paired differences (Student's t)."""
     n = len(differences)
-    return statistics.mean(differences), student(n - 1) * statistics.stdev(differences) / math.sqrt(n)
-
-
-def student(freedom):
-    """The 97.5% quantile of Student's t with 4 or more degrees of freedom, within 1%: Abramowitz and Stegun 26.7.5."""
-    z = statistics.NormalDist().inv_cdf(0.975)
-    terms = [
-        z,
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    ]
-    return sum(term / freedom**power for power, term in enumerate(terms))
+    half_width = stats.t.ppf(0.975, n - 1) * statistics.stdev(differences) / math.sqrt(n)
+    return statistics.mean(differences), float(half_width)
 
 
 def table(results, seeds):
-    """A row per arm: the mean of each figure, and its paired difference to `real` with the 95% interval.
+    """A row per arm: the mean of each metric, and its paired difference to `real` with the 95% interval.
 
-    results: {arm: {seed: {figure: value}}}.
+    results: {arm: {seed: {metric: value}}}.
     """
     rows = []
     for arm, by_seed in results.items():
         row = {"arm": arm}
-        for figure in by_seed[seeds[0]]:
-            values = [by_seed[seed][figure] for seed in seeds]
-            row[figure] = f"{statistics.mean(values):.1f}"
+        for metric in by_seed[seeds[0]]:
+            values = [by_seed[seed][metric] for seed in seeds]
+            row[metric] = f"{statistics.mean(values):.1f}"
             if arm == "real":
-                row[figure] += " (" + " ".join(f"{value:.1f}" for value in values) + ")"
-            elif len(seeds) < ENOUGH:
-                row[figure] += " (too few seeds)"
+                row[metric] += " (" + " ".join(f"{value:.1f}" for value in values) + ")"
+            elif len(seeds) < MIN_SEEDS:
+                row[metric] += " (too few seeds)"
             else:
-                row[figure] += f" ({difference(by_seed, results['real'], figure, seeds)})"
+                row[metric] += f" ({difference(by_seed, results['real'], metric, seeds)})"
         rows.append(row)
     return rows
 
 
-def difference(by_seed, reference, figure, seeds):
-    """The paired difference of a figure to that of the reference, with its interval, as text."""
-    mean, half = interval([by_seed[seed][figure] - reference[seed][figure] for seed in seeds])
-    return f"{mean:+.2f} +- {half:.2f}{', *' if abs(mean) > half else ''}"
+def difference(by_seed, reference, metric, seeds):
+    """The paired difference of a metric to that of the reference, with its interval, as text."""
+    mean, half_width = interval([by_seed[seed][metric] - reference[seed][metric] for seed in seeds])
+    return f"{mean:+.2f} +- {half_width:.2f}{', *' if abs(mean) > half_width else ''}"
 
 
-def against_blurred(results, seeds):
-    """For each arm with generated pictures its differences to `blurred`: what they bring that blurred real ones do not.
+def differences_to_blurred(results, seeds):
+    """The differences of each arm with generated images to `blurred`: the gain beyond that of blurred real images.
 
-    That an arm differs from `real` and `blurred` does not is no such comparison.
+    It does not follow from an arm that differs from `real` where `blurred` does not.
     """
     arms = [arm for arm in results if arm not in ("real", "captions", *CONTROLS)]
-    figures = results["blurred"][seeds[0]]
+    metrics = results["blurred"][seeds[0]]
     return {
-        arm: {figure: difference(results[arm], results["blurred"], figure, seeds) for figure in figures} for arm in arms
+        arm: {metric: difference(results[arm], results["blurred"], metric, seeds) for metric in metrics} for arm in arms
     }
 
 
 def ensembles(config, folder, seeds, arm="pairs"):
-    """Mean figures of ensembles of two: a plain run and one of `arm`, and two plain runs (its own and the next seed's).
+    """Mean metrics of ensembles of two runs: `real` and `arm` of one seed, and `real` of two successive seeds.
 
-    No interval is given: a plain run is in more than one of them, so they are not independent.
+    Without intervals: a run is in several ensembles, so they are not independent.
     """
     following = dict(zip(seeds, [*seeds[1:], seeds[0]], strict=True))
-    pairs_of = {
+    members = {
         f"real + {arm}": lambda seed: [folder / f"real-{seed}", folder / f"{arm}-{seed}"],
         "real + real": lambda seed: [folder / f"real-{seed}", folder / f"real-{following[seed]}"],
     }
     found = {}
-    for name, runs in pairs_of.items():
-        by_seed = [test_figures(runs(seed), config, folder) for seed in seeds]
-        found[name] = {figure: round(statistics.mean(f[figure] for f in by_seed), 2) for figure in by_seed[0]}
+    for name, runs in members.items():
+        by_seed = [test_metrics(runs(seed), config, folder) for seed in seeds]
+        found[name] = {metric: round(statistics.mean(m[metric] for m in by_seed), 2) for metric in by_seed[0]}
     return found
 
 
-def check_settings(folder, config):
-    """Raise InputError if the folder holds runs with other settings: they would be taken for today's."""
+# ---- the command ------------------------------------------------------------------------------------------------
+
+
+def check_folder(folder, config):
+    """Raise InputError if the folder contains runs with other settings, which would be mixed with those of today."""
     path, settings = folder / "settings.json", {**vars(config), "run": "", "device": "", "num_workers": 0}
     if path.exists():
         before = read_json(path)
         for name, value in settings.items():
             if before.get(name) != value:
                 raise InputError(
-                    f"{name} is {value}, but {folder} holds runs with {before.get(name)}: give another --folder"
+                    f"{name} is {value}, but {folder} contains runs with {before.get(name)}: give another --folder"
                 )
     write_json(path, settings)
 
 
-@exit_on_input_error
-def main(argv=None):
+def parse_arguments(argv=None):
+    """(arguments of the benchmark, `Config` of the runs, flags of the runs); raises InputError."""
     parser = OneLineParser(
         prog="gan_ablation.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--arms", nargs="+", choices=ARMS, help="default: all that are possible; `real` always")
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(1, ENOUGH + 1)), help="default: 1 2 3 4 5")
-    parser.add_argument("--share", type=float, default=1.0, help="of the training images (default: 1)")
+    seeds = list(range(1, MIN_SEEDS + 1))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, help="default: all possible ones; `real` is always included")
+    parser.add_argument("--seeds", nargs="+", type=int, default=seeds, help="default: 1 2 3 4 5")
+    parser.add_argument("--share", type=float, default=1.0, help="of the training images, up to 1 (default: 1)")
     parser.add_argument("--held_out", type=int, default=0, help="combinations of colour and shape (default: 0)")
-    parser.add_argument("--data_seed", type=int, default=0, help="of what is drawn, left out, held out (default: 0)")
-    parser.add_argument("--folder", default="runs/ablation", help="where the runs are kept (default: runs/ablation)")
+    parser.add_argument("--data_seed", type=int, default=0, help="of images, share and combinations (default: 0)")
+    parser.add_argument("--folder", default="runs/ablation", help="folder of the runs (default: runs/ablation)")
     own, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-    given = parse_flags(rest)
-    for name in OWN & given.keys():
-        raise InputError(f"{name} is set for each arm by the benchmark: drop the flag")
-    config = build_config(given if "image_path" in given else {**parse_flags(["--preset", "demo"]), **given})
+    given, _ = parse_flags(rest)
+    for name in ARM_SETTINGS & given.keys():
+        raise InputError(f"{name} is set by the benchmark for each arm: drop the flag")
+    config = build_config(given if "image_path" in given else {**parse_flags(["--preset", "demo"])[0], **given})
     if not 0 < own.share <= 1 or (own.held_out and not config.sample_images):
-        raise InputError("share must lie between 0 and 1, and combinations are held out of the drawn data set only")
+        raise InputError("share must be above 0 and at most 1; held_out requires the synthetic data set")
     own.seeds = list(dict.fromkeys(own.seeds))
     if min(*own.seeds, own.data_seed, own.held_out) < 0:
         raise InputError("seeds, data_seed and held_out must be at least 0")
-    if FIRST_SEED in own.seeds:
-        raise InputError(f"seed {FIRST_SEED} is that of the CLIP whose GAN is used: give others")
+    if STAGE_1_SEED in own.seeds:
+        raise InputError(f"seed {STAGE_1_SEED} is that of stage 1: give others")
+    # Captions of unseen scenes exist for synthetic scenes only; with combinations held out, `pairs` already uses them.
+    possible = [arm for arm in ARMS if arm != "sentences" or (config.sample_images and not own.held_out)]
+    if "sentences" in (own.arms or ()) and "sentences" not in possible:
+        raise InputError("the arm sentences requires the synthetic data set and no --held_out")
+    own.arms = list(dict.fromkeys(["real", *(own.arms or possible)]))
+    return own, config, rest
+
+
+@exit_on_input_error
+def main(argv=None):
+    own, config, rest = parse_arguments(argv)
     name = f"share-{own.share:g}-held-out-{own.held_out}-data-{own.data_seed}"
     if not config.sample_images:
         name = f"{Path(config.image_path).resolve().parent.name}-{name}"
     folder = Path(own.folder) / name
-    # Sentences that no photograph has can be written for drawn scenes alone; held out, `pairs` already has them.
-    possible = [arm for arm in ARMS if arm != "sentences" or (config.sample_images and not own.held_out)]
-    if "sentences" in (own.arms or ()) and "sentences" not in possible:
-        raise InputError("the arm sentences needs the drawn data set with nothing held out: leave it or --held_out out")
     data = prepare_data(config, folder / "data", own.share, own.held_out, own.data_seed)
-    check_settings(folder, config)
+    check_folder(folder, config)
     config = dataclasses.replace(config, **data)
     try:
-        results = run_arms(dict.fromkeys(["real", *(own.arms or possible)]), own.seeds, config, folder)
-    except (KeyboardInterrupt, SystemExit, training.Stopped):
-        print("\nstopped; the same command goes on here", flush=True)
+        results = run_arms(own.arms, own.seeds, config, folder)
+    except (KeyboardInterrupt, SystemExit):
+        print("\nstopped; the same command continues", flush=True)
         raise SystemExit(130) from None
     more = {}
-    if "pairs" in results and len(own.seeds) >= ENOUGH:
+    if "pairs" in results and len(own.seeds) >= MIN_SEEDS:
         more["ensembles"] = ensembles(config, folder, own.seeds)
-    if "blurred" in results and len(own.seeds) >= ENOUGH:
-        more["differences to blurred"] = against_blurred(results, own.seeds)
+    if "blurred" in results and len(own.seeds) >= MIN_SEEDS:
+        more["differences to blurred"] = differences_to_blurred(results, own.seeds)
     rows = table(results, own.seeds)
     note = "paired differences to real with 95% intervals; *: the interval excludes zero"
-    if len(own.seeds) < ENOUGH:
-        note = f"{len(own.seeds)} seeds: no conclusion is drawn from fewer than {ENOUGH}"
-    details = {"runs": results}
-    place = folder if len(own.seeds) < ENOUGH else None  # what concludes nothing takes no place among the results
-    report(f"gan_ablation-{name}", rows, details, place, note=note, seeds=own.seeds, settings=rest, **more)
+    if len(own.seeds) < MIN_SEEDS:
+        note = f"{len(own.seeds)} seeds: no conclusion is drawn from fewer than {MIN_SEEDS}"
+    place = folder if len(own.seeds) < MIN_SEEDS else None  # inconclusive results are not among benchmarks/results
+    report(f"gan_ablation-{name}", rows, {"runs": results}, place, note=note, seeds=own.seeds, settings=rest, **more)
 
 
 if __name__ == "__main__":

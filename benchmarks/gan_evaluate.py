@@ -1,17 +1,17 @@
-"""How good a GAN's pictures are, as a CLIP sees them that was trained with another seed.
+"""Quality of a GAN's images, measured with a CLIP of another seed (the evaluator).
 
-`python benchmarks/gan_evaluate.py --run runs/demo/first --judge runs/other` paints one picture for one caption of each
-test image and reports, beside the same figures of the real test pictures at the GAN's size:
+`python benchmarks/gan_evaluate.py --run runs/demo/stage1 --evaluator runs/other` generates an image for one caption of
+each test image and reports, beside the same metrics of the real test images at the GAN's resolution:
 
-- how often the right caption is the first, or among the first ten, of 100 captions of 100 images (chance: 1%, 10%);
-- the kernel distance of the judge's features to those of real test pictures (Binkowski et al. 2018, arXiv:1801.01401),
-  with real training pictures as the floor;
-- memorising: how often a picture lies closer to its nearest training picture than a real test picture does to its own
-  (50%: as close as real ones), and how many are closer than all but 1% of the test pictures (1%: as real ones);
-- variety: the mean distance between pictures of one caption, as a share of that between pictures of different captions;
-- on the drawn data set: how often the ground, and an object, has the colour that the caption names; and how often a
-  recogniser, a network taught with labels on newly drawn pictures of that size, sees a named object (colour and shape)
-  among the two objects it is surest of. Unlike a CLIP, no generator was trained to please it.
+- how often the caption ranks first, or in the top 10, of 100 captions of 100 images (chance: 1%, 10%);
+- kernel distance (KID) of the evaluator's features to those of real test images (Binkowski et al. 2018,
+  arXiv:1801.01401), with real training images as the floor;
+- memorisation: how often an image is closer to its nearest training image than a real test image is to its own (50%:
+  as close as real ones), and how many are closer than all but 1% of the test images (1%: as real ones);
+- diversity: the mean distance between images of one caption, relative to that between images of different captions;
+- on the synthetic data set: how often the background and the objects have the colours of the caption, and how often a
+  classifier, trained with labels on newly rendered images at that resolution, has an object of the caption (colour and
+  shape) in its top 2. Unlike with a CLIP, no generator was trained against it.
 """
 
 import dataclasses
@@ -26,35 +26,48 @@ import torch  # noqa: E402
 from common import report  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from clip import load_model, setup_device  # noqa: E402
-from config import InputError, OneLineParser, exit_on_input_error, gan_run_of  # noqa: E402
-from dataset import load_splits, pairs_of, resize_image  # noqa: E402
-from gan import PictureStore, conditioning_run, generate, load_generator, resize_pictures  # noqa: E402
-from index import embed_captions  # noqa: E402
-from shapes import COLOURS, GROUNDS, SHAPES, all_scenes, draw_scene, read_caption  # noqa: E402
+from clip import load_model  # noqa: E402
+from config import InputError  # noqa: E402
+from dataset import SIDED, load_splits, resize_image, subset_pairs  # noqa: E402
+from gan import generate, load_generator  # noqa: E402
+from utils.cli import exit_on_input_error  # noqa: E402
+from utils.device import setup_device  # noqa: E402
+from utils.embed import embed_captions  # noqa: E402
+from utils.flags import OneLineParser  # noqa: E402
+from utils.gan_data import GANData  # noqa: E402
+from utils.gan_settings import conditioning_run  # noqa: E402
+from utils.image_ops import resize_images  # noqa: E402
+from utils.runs import gan_run_folder  # noqa: E402
+from utils.synthetic import BACKGROUNDS, COLORS, SHAPES, all_scenes, parse_caption, render_scene  # noqa: E402
 
-AMONG = 100
-PLACES = ("image_path", "captions_path")  # settings
-BATCH = 100
+NUM_CAPTIONS = 100
+BATCH_SIZE = 100
 
 
 def in_batches(function, *tensors):
-    return torch.cat([function(*parts) for parts in zip(*(tensor.split(BATCH) for tensor in tensors), strict=True)])
+    parts = zip(*(tensor.split(BATCH_SIZE) for tensor in tensors), strict=True)
+    return torch.cat([function(*part) for part in parts])
 
 
-def caption_places(images, texts, rng):
-    """(N,) the place of each picture's own caption among it and 99 captions of other pictures; (N, D) each."""
+# ---- metrics ----------------------------------------------------------------------------------------------------
+
+
+def caption_ranks(images, texts, rng):
+    """(N,) the rank of each image's caption among it and 99 captions of other images; (N, D) embeddings each."""
     scores = (images @ texts.T).cpu().numpy()
-    others = min(AMONG - 1, len(scores) - 1)
-    places = np.empty(len(scores), dtype=np.int64)
+    num_others = min(NUM_CAPTIONS - 1, len(scores) - 1)
+    ranks = np.empty(len(scores), dtype=np.int64)
     for row, line in enumerate(scores):
-        chosen = rng.permutation(np.delete(np.arange(len(line)), row))[:others]
-        places[row] = 1 + (line[chosen] >= line[row]).sum()
-    return places
+        chosen = rng.permutation(np.delete(np.arange(len(line)), row))[:num_others]
+        ranks[row] = 1 + (line[chosen] >= line[row]).sum()
+    return ranks
 
 
 def kernel_distance(a, b, rng, subsets=50, size=200):
-    """1000 times the unbiased squared maximum mean discrepancy of features (N, F) and (M, F): mean and deviation."""
+    """1000 times the KID of features (N, F) and (M, F), mean and standard deviation over random subsets.
+
+    The unbiased squared maximum mean discrepancy with a cubic kernel.
+    """
     values, size = [], min(size, len(a), len(b))
     for _ in range(subsets):
         x, y = (features[rng.permutation(len(features))[:size]].astype(np.float64) for features in (a, b))
@@ -65,64 +78,64 @@ def kernel_distance(a, b, rng, subsets=50, size=200):
     return float(np.mean(values)), float(np.std(values))
 
 
-def nearest(features, training):
-    """(N,) the distance of each row of unit vectors to the nearest training one."""
-    return torch.cdist(features, training).min(1).values.cpu().numpy()
+def nearest_distance(embeddings, training):
+    """(N,) the distance of each unit vector to the nearest training one."""
+    return torch.cdist(embeddings, training).min(1).values.cpu().numpy()
 
 
-def variety(features):
-    """Of features (captions, pictures each, D): the mean distance within a caption over that between captions."""
-    captions, each, _ = features.shape
-    distances = torch.cdist(features.flatten(0, 1), features.flatten(0, 1))
-    owner = torch.arange(captions, device=features.device).repeat_interleave(each)
+def diversity(embeddings):
+    """The mean distance within a caption relative to that between captions; embeddings (captions, images each, D)."""
+    captions, each, _ = embeddings.shape
+    distances = torch.cdist(embeddings.flatten(0, 1), embeddings.flatten(0, 1))
+    owner = torch.arange(captions, device=embeddings.device).repeat_interleave(each)
     same = owner[:, None] == owner
     within = distances[same].sum() / (same.sum() - len(owner))
     return (within / distances[~same].mean()).item()
 
 
-# ---- colours of drawn pictures ----------------------------------------------------------------------------------
+# ---- colours of synthetic images --------------------------------------------------------------------------------
 
 
-def seen_colours(picture):
-    """The ground's name and the objects' colours, the most frequent first, of a (3, S, S) picture in [0, 1]."""
-    pixels = (picture * 255).permute(1, 2, 0).cpu().numpy()  # (S, S, 3)
+def dominant_colors(image):
+    """The background's name and the object colours, the most frequent first, of a (3, S, S) image in [0, 1]."""
+    pixels = (image * 255).permute(1, 2, 0).cpu().numpy()  # (S, S, 3)
     rim = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3), pixels[:, :2].reshape(-1, 3)])
-    ground = closest(np.median(rim, axis=0)[None], GROUNDS)[0]
-    names = closest(pixels.reshape(-1, 3), {**COLOURS, ground: GROUNDS[ground]})
-    counts = {name: names.count(name) for name in COLOURS}
-    return ground, sorted(counts, key=lambda name: -counts[name])
+    background = closest_names(np.median(rim, axis=0)[None], BACKGROUNDS)[0]
+    names = closest_names(pixels.reshape(-1, 3), {**COLORS, background: BACKGROUNDS[background]})
+    counts = {name: names.count(name) for name in COLORS}
+    return background, sorted(counts, key=lambda name: -counts[name])
 
 
-def closest(pixels, palette):
+def closest_names(pixels, palette):
     distances = np.linalg.norm(pixels[:, None] - np.array(list(palette.values())), axis=2)
     names = list(palette)
     return [names[i] for i in distances.argmin(1)]
 
 
-def colours_right(pictures, captions):
-    """Of the pictures whose captions name colours: the share with the right ground, and of objects in theirs (%).
+def color_accuracy(images, captions):
+    """The shares (%) of correct backgrounds and of objects in the colour of the caption; (None, None) without any.
 
-    An object counts if its colour is among the picture's two most frequent ones (the first, where both have one).
+    An object counts if its colour is among the two most frequent ones (or the most frequent, if both have the same).
     """
-    ground_hits, object_hits = [], []
-    for picture, caption in zip(pictures, captions, strict=True):
-        scene = read_caption(caption)
+    background_hits, object_hits = [], []
+    for image, caption in zip(images, captions, strict=True):
+        scene = parse_caption(caption)
         if scene is not None:
-            ground, seen = seen_colours(picture)
-            colours = [colour for colour, _ in scene[1]]
-            ground_hits.append(ground == scene[0])
-            object_hits += [colour in seen[: len(set(colours))] for colour in colours]
-    return (100 * np.mean(ground_hits), 100 * np.mean(object_hits)) if ground_hits else (None, None)
+            background, found = dominant_colors(image)
+            colors = [color for color, _ in scene[1]]
+            background_hits.append(background == scene[0])
+            object_hits += [color in found[: len(set(colors))] for color in colors]
+    return (100 * np.mean(background_hits), 100 * np.mean(object_hits)) if background_hits else (None, None)
 
 
-# ---- objects of drawn pictures ----------------------------------------------------------------------------------
+# ---- objects of synthetic images --------------------------------------------------------------------------------
 
-LESSONS, ROUNDS = 5000, 5  # pictures that the recogniser is taught with, and how often it sees each
-OBJECTS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+NUM_TRAINING_IMAGES, NUM_EPOCHS = 5000, 5  # of the classifier
+OBJECTS = [(color, shape) for color in COLORS for shape in SHAPES]
 
 
-class Recogniser(torch.nn.Module):
-    """(B, 3, S, S) pictures in [0, 1] -> (B, 20) logits of the objects."""
+class Classifier(torch.nn.Module):
+    """(B, 3, S, S) images in [0, 1] -> (B, 20) logits of the objects."""
 
     def __init__(self, size):
         super().__init__()
@@ -133,30 +146,30 @@ class Recogniser(torch.nn.Module):
         width = channels * (size // 4) ** 2
         self.layers = torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(width, len(OBJECTS)))
 
-    def forward(self, pictures):
-        return self.layers(pictures)
+    def forward(self, images):
+        return self.layers(images)
 
 
 @torch.enable_grad()
-def teach_recogniser(size, device, seed=0):
-    """A recogniser of pictures of that size, taught on newly drawn scenes, some of them blurred or noisy."""
+def train_classifier(size, device, seed=0):
+    """A classifier for images of that size, trained on newly rendered scenes, some of them blurred or noisy."""
     rng, scenes = np.random.default_rng(seed), all_scenes()
-    chosen = [scenes[i] for i in rng.integers(len(scenes), size=LESSONS)]
-    drawn = [np.asarray(resize_image(np.asarray(draw_scene(scene, rng)), size)) for scene in chosen]
-    pictures = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).to(device)
-    truth = torch.zeros(LESSONS, len(OBJECTS), device=device)
+    chosen = [scenes[i] for i in rng.integers(len(scenes), size=NUM_TRAINING_IMAGES)]
+    rendered = [np.asarray(resize_image(np.asarray(render_scene(scene, rng)), size)) for scene in chosen]
+    images = torch.from_numpy(np.stack(rendered)).permute(0, 3, 1, 2).to(device)
+    truth = torch.zeros(NUM_TRAINING_IMAGES, len(OBJECTS), device=device)
     for row, (_, first, _, second) in zip(truth, chosen, strict=True):
         row[[OBJECTS.index(first), OBJECTS.index(second)]] = 1
     torch.manual_seed(seed)
-    model, steps = Recogniser(size).to(device), ROUNDS * -(-LESSONS // 64)
+    model, steps = Classifier(size).to(device), NUM_EPOCHS * -(-NUM_TRAINING_IMAGES // 64)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
-    with tqdm(total=steps, desc="recogniser", unit="step", disable=not sys.stderr.isatty()) as bar:
-        for _ in range(ROUNDS):
-            for rows in torch.randperm(LESSONS, device=device).split(64):
-                batch = pictures[rows].float() / 255
+    with tqdm(total=steps, desc="classifier", unit="step", disable=not sys.stderr.isatty()) as bar:
+        for _ in range(NUM_EPOCHS):
+            for rows in torch.randperm(NUM_TRAINING_IMAGES, device=device).split(64):
+                batch = images[rows].float() / 255
                 if torch.rand(()) < 0.3:
-                    batch = resize_pictures(resize_pictures(batch, size // 2), size)
+                    batch = resize_images(resize_images(batch, size // 2), size)
                 batch = batch + 0.05 * torch.rand(()).to(device) * torch.randn_like(batch)
                 loss = torch.nn.functional.binary_cross_entropy_with_logits(model(batch), truth[rows])
                 optimizer.zero_grad()
@@ -167,101 +180,112 @@ def teach_recogniser(size, device, seed=0):
     return model.requires_grad_(False).eval()
 
 
-def objects_right(recogniser, pictures, captions):
-    """The share (%) of the objects that captions name which are among the recogniser's two; None without any."""
-    named = [(i, scene[1]) for i, scene in enumerate(map(read_caption, captions)) if scene]
+def object_accuracy(classifier, images, captions):
+    """The share (%) of the objects in the captions that are in the classifier's top 2; None without any."""
+    named = [(i, scene[1]) for i, scene in enumerate(map(parse_caption, captions)) if scene]
     if not named:
         return None
-    seen = in_batches(lambda x: recogniser(x).topk(2).indices, pictures).tolist()
-    return 100 * np.mean([OBJECTS.index(thing) in seen[i] for i, objects in named for thing in objects])
+    top_2 = in_batches(lambda x: classifier(x).topk(2).indices, images).tolist()
+    return 100 * np.mean([OBJECTS.index(item) in top_2[i] for i, objects in named for item in objects])
 
 
 # ---- the table --------------------------------------------------------------------------------------------------
 
 
-def evaluate(run, judge_run, device, seed=0, places=None):
-    """The rows of the table, the generator's pictures and the real test pictures at its size, and their number.
+def evaluate(run, evaluator_run, device, seed=0, paths=None):
+    """The rows of the table (generated images, and real test images at that resolution) and the number of images.
 
-    places: settings that say where the data are now (image_path, captions_path).
+    paths: image_path and captions_path, if the data set was moved.
     """
-    run = gan_run_of(run)
-    clip, judge = load_model(conditioning_run(run), device), load_model(judge_run, device)
-    if clip.config.seed == judge.config.seed:
-        raise InputError(f"run and judge were both trained with seed {clip.config.seed}: a judge needs another")
-    generator, rng = load_generator(Path(run) / "gan", device), np.random.default_rng(seed)
-    config, judge_config = (dataclasses.replace(model.config, **(places or {})) for model in (clip, judge))
-    size, splits = generator.architecture.size, load_splits(config)
-    # Without official split files the judge's seed splits otherwise: only what neither has learned from is asked.
-    learned = set(load_splits(judge_config)["train"].names)
-    test = pairs_of(splits["test"], [i for i, name in enumerate(splits["test"].names) if name not in learned])
-    if len(test.files) < AMONG:
-        raise InputError(f"{len(test.files)} test pictures are unseen by run and judge: at least {AMONG} are needed")
-    known = set(splits["train"].captions)
+    run, rng = gan_run_folder(run), np.random.default_rng(seed)
+    clip, evaluator = load_model(conditioning_run(run), device), load_model(evaluator_run, device)
+    if clip.config.seed == evaluator.config.seed:
+        raise InputError(f"run and evaluator were both trained with seed {clip.config.seed}: they must differ")
+    generator = load_generator(run / "gan", device)
+    size = generator.architecture["size"]
+    config = dataclasses.replace(clip.config, gan_size=size, **(paths or {}))
+    splits = load_splits(config)
+    train, test = splits["train"], unseen_test_pairs(splits, dataclasses.replace(evaluator.config, **(paths or {})))
+    known = set(train.captions)
     chosen = np.array([unseen_caption(test, image, known, rng) for image in range(len(test.files))])
     captions = [test.captions[j] for j in chosen]
-    chosen_from = {"train": splits["train"], "test": test}
-    stores = {split: PictureStore(clip, pairs, config, size, device) for split, pairs in chosen_from.items()}
-    generated = generate(generator, stores["test"].embeddings[chosen], seed)
-    real = stores["test"].pictures.float() / 255
+    train_images = GANData(clip, train, config, SIDED, device).images.float() / 255
+    data = GANData(clip, test, config, SIDED, device)
+    generated, real = generate(generator, data.embeddings[chosen], seed), data.images.float() / 255
 
-    def look(pictures):  # (N, F) features and (N, D) embeddings of the judge
-        features = in_batches(lambda x: judge.image_features(resize_pictures(x, judge.config.size)), pictures)
-        return features.cpu().numpy(), in_batches(judge.project_image, features)
+    def encode(images):  # features (N, F) and embeddings (N, D) of the evaluator
+        resized_features = in_batches(
+            lambda x: evaluator.image_encoder(resize_images(x, evaluator.config.size)), images
+        )
+        return resized_features.cpu().numpy(), in_batches(evaluator.project_image, resized_features)
 
-    texts = embed_captions(judge, captions)
-    train_features, train_embeddings = look(stores["train"].pictures.float() / 255)
-    real_features, real_embeddings = look(real)
-    several = stores["test"].embeddings[chosen[:50]].repeat_interleave(8, 0)
-    varied = look(generate(generator, several, seed + 1))[1].view(-1, 8, texts.shape[1])
-    from_real = nearest(real_embeddings, train_embeddings)
-    drawn = any(map(read_caption, captions))
-    recogniser = teach_recogniser(size, device) if drawn else None
+    texts = embed_captions(evaluator, captions)
+    train_features, train_embeddings = encode(train_images)
+    real_features, real_embeddings = encode(real)
+    repeated = data.embeddings[chosen[:50]].repeat_interleave(8, 0)
+    repeated_embeddings = encode(generate(generator, repeated, seed + 1))[1].view(-1, 8, texts.shape[1])
+    real_distances = nearest_distance(real_embeddings, train_embeddings)
+    close = np.quantile(real_distances, 0.01)
+    classifier = train_classifier(size, device) if any(map(parse_caption, captions)) else None
     rows = []
-    for name, pictures in (("generated", generated), ("real test pictures at that size", real)):
-        features, embeddings = look(pictures)
-        places, distances = caption_places(embeddings, texts, rng), nearest(embeddings, train_embeddings)
-        closer = (distances[:, None] < from_real).mean() + 0.5 * (distances[:, None] == from_real).mean()
-        # What the real test pictures themselves are compared with are real training pictures: the floor.
+    for name, images in (("generated", generated), ("real test images at that resolution", real)):
+        features, embeddings = encode(images)
+        ranks, distances = caption_ranks(embeddings, texts, rng), nearest_distance(embeddings, train_embeddings)
+        closer = (distances[:, None] < real_distances).mean() + 0.5 * (distances[:, None] == real_distances).mean()
+        # The floor: real training images in place of generated ones.
         distance, deviation = kernel_distance(features if name == "generated" else train_features, real_features, rng)
-        ground, objects = colours_right(pictures, captions)
+        background, objects = color_accuracy(images, captions)
+        classified = object_accuracy(classifier, images, captions) if classifier else None
         rows.append(
             {
-                "pictures": name,
-                "caption first of 100 (%)": round(100 * (places == 1).mean(), 1),
-                "in the first ten (%)": round(100 * (places <= 10).mean(), 1),
+                "images": name,
+                "caption ranks first of 100 (%)": round(100 * (ranks == 1).mean(), 1),
+                "in the top 10 (%)": round(100 * (ranks <= 10).mean(), 1),
                 "kernel distance x 1000": f"{distance:.2f} +- {deviation:.2f}",
-                "closer to training pictures (%)": round(100 * closer, 1),
-                "closer than all but 1% of test (%)": round(100 * (distances < np.quantile(from_real, 0.01)).mean(), 1),
-                "variety": round(variety(varied), 2) if name == "generated" else "",
-                "ground's colour right (%)": "" if ground is None else round(ground, 1),
-                "objects' colours right (%)": "" if objects is None else round(objects, 1),
-                "objects right (%)": round(objects_right(recogniser, pictures, captions), 1) if drawn else "",
+                "closer to training images (%)": round(100 * closer, 1),
+                "closer than all but 1% of test (%)": round(100 * (distances < close).mean(), 1),
+                "diversity": round(diversity(repeated_embeddings), 2) if name == "generated" else "",
+                "background colour right (%)": "" if background is None else round(background, 1),
+                "object colours right (%)": "" if objects is None else round(objects, 1),
+                "objects classified right (%)": "" if classified is None else round(classified, 1),
             }
         )
     return rows, len(captions)
 
 
+def unseen_test_pairs(splits, evaluator_config):
+    """The test `Pairs` without training images of the evaluator, whose seed may give another split."""
+    seen = set(load_splits(evaluator_config)["train"].names)
+    test = splits["test"]
+    test = subset_pairs(test, [i for i, name in enumerate(test.names) if name not in seen])
+    if len(test.files) < NUM_CAPTIONS:
+        raise InputError(
+            f"{len(test.files)} test images are unseen by run and evaluator: at least {NUM_CAPTIONS} are needed"
+        )
+    return test
+
+
 def unseen_caption(pairs, image, known, rng):
-    """The number of one of the picture's captions, of those that are none of the `known` ones if there are any."""
-    numbers = range(*pairs.first[image : image + 2])
+    """The number of a random caption of an image, one that is not in `known` if possible."""
+    numbers = pairs.captions_of(image)
     return rng.choice([j for j in numbers if pairs.captions[j] not in known] or list(numbers))
 
 
 @exit_on_input_error
 def main(argv=None):
-    parser = OneLineParser(prog="gan_evaluate.py", description="How good a GAN's pictures are.")
-    parser.add_argument("--run", required=True, help="the run whose gan/ is looked at")
-    parser.add_argument("--judge", required=True, help="a run of another seed on the same data")
-    parser.add_argument("--image_path", help="where the pictures are now, if they were moved")
-    parser.add_argument("--captions_path", help="and the captions")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    parser = OneLineParser(prog="gan_evaluate.py", description="Quality of a GAN's images.")
+    parser.add_argument("--run", required=True, help="run with the GAN")
+    parser.add_argument("--evaluator", required=True, help="run with another seed on the same data set")
+    parser.add_argument("--image_path", help="image folder, if it was moved since training")
+    parser.add_argument("--captions_path", help="captions file, if it was moved since training")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
     arguments = parser.parse_args(argv)
     device, _ = setup_device(arguments.device)
+    paths = {name: value for name in ("image_path", "captions_path") if (value := getattr(arguments, name))}
     with torch.no_grad():
-        places = {name: value for name in PLACES if (value := getattr(arguments, name))}
-        rows, pictures = evaluate(arguments.run, arguments.judge, device, places=places)
-    names = {"run": arguments.run, "judge": arguments.judge}
-    report("gan_evaluate", rows, folder=gan_run_of(arguments.run) / "gan", pictures=pictures, **names)
+        rows, number = evaluate(arguments.run, arguments.evaluator, device, paths=paths)
+    names = {"run": arguments.run, "evaluator": arguments.evaluator}
+    report("gan_evaluate", rows, folder=gan_run_folder(arguments.run) / "gan", images=number, **names)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""What several test files share: drawn data sets, tiny settings, a tiny trained run. Nothing here needs a network."""
+"""Shared fixtures: a synthetic data set, tiny settings, a tiny trained run. Nothing here needs a network."""
 
 import csv
 import dataclasses
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when the libraries are imported: a test that would fetch fails instead
+os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: a test that would download fails instead
 
 import numpy as np
 import pytest
@@ -17,35 +18,35 @@ from PIL import Image
 from clip import CLIP
 from config import Config
 from dataset import load_splits, train_tokenizer
-from shapes import draw_sample
+from utils.synthetic import generate_dataset
 
 ROOT = Path(__file__).parent.parent
-torch.set_num_threads(1)  # the models are tiny: several threads would only wait for each other
+torch.set_num_threads(1)  # the models are tiny: more threads only add overhead
 
 
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
-    """Each test starts in an empty folder, with the same random state: what it leaves behind is not in the tree."""
+    """Each test runs in an empty folder with the same random state."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
 def sample(tmp_path_factory):
-    """A drawn data set with split files, 24 training, 8 validation and 10 test images; only for reading."""
+    """A synthetic data set with split files: 24 training, 8 validation and 10 test images; read-only."""
     folder = tmp_path_factory.mktemp("shapes")
     paths = {"image_path": str(folder / "Images"), "captions_path": str(folder / "captions.txt")}
-    draw_sample(**paths, train_images=24, validation_images=8, test_images=10)
+    generate_dataset(**paths, train_images=24, validation_images=8, test_images=10)
     return paths
 
 
 def tiny_settings(folder, **changes):
-    """Settings with which an epoch takes a second, everything they write in `folder`."""
+    """Settings with which an epoch takes a second; all output goes to `folder`."""
     settings = {
         "cache_path": str(folder / "cache"),
         "run": str(folder / "run"),
         "model_name": "test_resnet",
-        "text_tokenizer": "captions",
+        "text_tokenizer": "wordpiece",
         "text_layers": 1,
         "text_width": 64,
         "pretrained": False,
@@ -64,7 +65,7 @@ def tiny_settings(folder, **changes):
 
 @pytest.fixture
 def tiny_config(tmp_path, sample):
-    """`tiny_config(epochs=2)`: a `Config` of a tiny model on the drawn data set, changed as asked."""
+    """`tiny_config(epochs=2)`: a `Config` of a tiny model on the synthetic data set, with changes."""
     return lambda **changes: Config(**tiny_settings(tmp_path, **{**sample, **changes}))
 
 
@@ -80,7 +81,7 @@ def tiny_model(tiny_config):
 
 
 def flags(config):
-    """The command line that gives a `Config`, a list of words."""
+    """The command line of a `Config`, a list of words."""
     words = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -91,7 +92,7 @@ def flags(config):
 
 @pytest.fixture(scope="session")
 def trained_run(tmp_path_factory, sample):
-    """The folder of a run of two epochs on the drawn data set; only for reading."""
+    """The folder of a run of two epochs on the synthetic data set; read-only."""
     import main
 
     folder = tmp_path_factory.mktemp("trained")
@@ -100,30 +101,30 @@ def trained_run(tmp_path_factory, sample):
     return Path(config.run)
 
 
-def draw_picture(path, size=(60, 40), seed=0):
-    """Save a picture of four plain quarters in random colours, (width, height) pixels."""
-    colours = np.random.default_rng(seed).integers(0, 256, (2, 2, 3), dtype=np.uint8)
+def draw_image(path, size=(60, 40), seed=0):
+    """Save an image of four quarters in random colors, (width, height) pixels."""
+    colors = np.random.default_rng(seed).integers(0, 256, (2, 2, 3), dtype=np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(colours).resize(size, Image.Resampling.NEAREST).save(path)
+    Image.fromarray(colors).resize(size, Image.Resampling.NEAREST).save(path)
 
 
-def quarters(side, dtype=np.uint8):
-    """A picture of four plain quarters, (side, side, 3)."""
+def quarters(size, dtype=np.uint8):
+    """An image of four quarters, (size, size, 3)."""
     small = np.array([[[250, 0, 0], [0, 250, 0]], [[0, 0, 250], [250, 250, 0]]], dtype=dtype)
-    return small.repeat(side // 2, 0).repeat(side // 2, 1)
+    return small.repeat(size // 2, 0).repeat(size // 2, 1)
 
 
 @pytest.fixture
 def data_set(tmp_path):
     """`data_set({"a.jpg": ["A dog .", ...], ...}, train=["a.jpg"])`: a data set in Kaggle's layout.
 
-    Keyword arguments are the names in the official split files `train`, `dev` and `test`; one not given has no file.
+    Keyword arguments are the contents of the official split files `train`, `dev` and `test`.
     Returns {"image_path": ..., "captions_path": ...} for `tiny_config`.
     """
 
     def make(captions, **splits):
         for seed, name in enumerate(captions):
-            draw_picture(tmp_path / "data" / "Images" / name, seed=seed)
+            draw_image(tmp_path / "data" / "Images" / name, seed=seed)
         with open(tmp_path / "data" / "captions.txt", "w", newline="", encoding="utf-8") as file:
             rows = [(name, caption) for name, texts in captions.items() for caption in texts]
             csv.writer(file).writerows([("image", "caption"), *rows])
@@ -148,7 +149,7 @@ def refused(capsys):
         errors = [line for line in printed.splitlines() if line.startswith("error: ")]
         assert exit.value.code == 2, printed
         assert len(errors) == 1, printed
-        assert printed.endswith(errors[0] + "\n"), printed  # a progress bar may stand before it, nothing after it
+        assert printed.endswith(errors[0] + "\n"), printed  # only a progress bar may precede it
         assert "Traceback" not in printed
         return errors[0].removeprefix("error: ")
 
@@ -156,21 +157,70 @@ def refused(capsys):
 
 
 @pytest.fixture
+def no_plots(monkeypatch):
+    """Plotting takes longer than a tiny training."""
+    import main
+
+    monkeypatch.setattr(main, "plot_curves", lambda *_: None)
+    monkeypatch.setattr(main, "plot_matches", lambda *_: None)
+
+
+@pytest.fixture
+def fit(monkeypatch):
+    """`state, splits = fit(config)`: train without the final report; the `main.TrainState` and the data."""
+    import main
+
+    def call(config):
+        with monkeypatch.context() as patch:
+            patch.setattr(main, "report", lambda state, splits, *_: (state, splits))
+            return main.train(config)
+
+    return call
+
+
+@pytest.fixture
 def flickr8k():
-    """The folder of the real photographs, named by the environment variable FLICKR8K; without it, a test is skipped."""
+    """The Flickr8k folder in the environment variable FLICKR8K; the test is skipped without it."""
     if not os.environ.get("FLICKR8K"):
-        pytest.skip("FLICKR8K names no folder with Images/ and captions.txt")
+        pytest.skip("FLICKR8K is not set to a folder with Images/ and captions.txt")
     return Path(os.environ["FLICKR8K"])
 
 
+def read_json_lines(path):
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}
+
+
 def run_python(*words, timeout=120):
-    """A Python process in the current folder that finds the modules; its `subprocess.CompletedProcess`."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
+    """Run Python in the current folder with the project on its path; returns the `subprocess.CompletedProcess`."""
     return subprocess.run(
         [sys.executable, *map(str, words)],
         capture_output=True,
         encoding="utf-8",
         timeout=timeout,
-        env=environment,
+        env={**os.environ, **ENVIRONMENT},
         check=False,
     )
+
+
+def start_python(*words, output, **options):
+    """Start Python in the same way, its output appended to a file; returns the `subprocess.Popen`."""
+    with open(output, "a", encoding="utf-8") as file:
+        return subprocess.Popen(
+            [sys.executable, *map(str, words)], stdout=file, stderr=file, env={**os.environ, **ENVIRONMENT}, **options
+        )
+
+
+def save_text_folder(folder, captions=None, **changes):
+    """A folder with a small random BERT, and a tokenizer if captions are given."""
+    from transformers import BertConfig, BertModel
+
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    tokenizer = train_tokenizer(captions) if captions else None
+    vocab_size = len(tokenizer) if tokenizer else 100
+    BertModel(BertConfig(vocab_size=vocab_size, max_position_embeddings=40, **size, **changes)).save_pretrained(folder)
+    if tokenizer:
+        tokenizer.save_pretrained(folder)
+    return folder

@@ -1,4 +1,5 @@
-import contextlib
+"""The model, the contrastive loss, retrieval metrics, saving and loading."""
+
 import dataclasses
 import json
 import math
@@ -7,15 +8,15 @@ import pickle
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from naive import loss_and_gradients, loss_cases, naive_loss, random_embeddings, relative_error
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import clip
-from clip import CLIP, contrastive_backward, contrastive_loss, load_model, retrieval_metrics, save_model
+from clip import contrastive_loss, format_metrics, load_model, read_saved_model, retrieval_metrics, save_model
 from config import InputError
-from dataset import PairSampler, TokenStore, TrainingPairs, load_splits, train_tokenizer
-from images import ImageStore, stored_side
+from dataset import Batch
+from utils.device import autocast
 
 CPU = torch.device("cpu")
 
@@ -35,62 +36,64 @@ def paper_loss(image_embeddings, text_embeddings, t):
     return (cross_entropy_loss(logits) + cross_entropy_loss(logits.T)) / 2
 
 
-def naive_loss(images, texts, t, image_index):
-    """The loss pair by pair from the whole matrix: an image's other captions are out of a positive's denominator."""
-    logits = t.exp() * images @ texts.T
-    image_loss, text_loss = 0, 0
-    for j, i in enumerate(image_index.tolist()):
-        others = image_index == i
-        count = others.sum()
-        others[j] = False
-        negatives_and_j = logits[i].masked_fill(others, -math.inf)
-        image_loss = image_loss + (negatives_and_j.logsumexp(0) - logits[i, j]) / count
-        text_loss = text_loss + logits[:, j].logsumexp(0) - logits[i, j]
-    return (image_loss / len(images) + text_loss / len(texts)) / 2
+@pytest.fixture(params=["dense", "tiled"])
+def each_loss(request, monkeypatch):
+    """The test runs with the dense and with the tiled loss."""
+    if request.param == "tiled":
+        monkeypatch.setattr(clip, "MAX_DENSE_LOGITS", 0)
 
 
-def random_embeddings(image_index, dim=16, images=None, closeness=0.5):
-    """Unit vectors (B, D) and (T, D), float32; a caption's lies near its image's as in a model half trained."""
-    images = F.normalize(torch.randn(images or int(image_index.max()) + 1, dim), dim=-1)
-    noise = F.normalize(torch.randn(len(image_index), dim), dim=-1)
-    return images, F.normalize(closeness * images[image_index] + noise, dim=-1)
-
-
-def loss_and_gradients(function, images, texts, t, image_index, dtype):
-    inputs = [x.to(dtype).requires_grad_() for x in (images, texts, torch.as_tensor(t))]
-    loss = function(*inputs, image_index)
-    return [loss.detach(), *torch.autograd.grad(loss, inputs)]
-
-
-def relative_error(found, expected):
-    return ((found.double() - expected).norm() / expected.norm()).item()
-
-
+@pytest.mark.usefixtures("each_loss")
 @pytest.mark.parametrize("t", [0.0, math.log(1 / 0.07), math.log(100)])
-def test_contrastive_loss_with_one_caption_is_the_papers(t):
+def test_contrastive_loss_with_one_caption_equals_the_paper(t):
     images, texts = random_embeddings(torch.arange(40))
     expected = paper_loss(images.double().numpy(), texts.double().numpy(), t)
-    in_double = contrastive_loss(images.double(), texts.double(), torch.tensor(t).double())
-    assert in_double.item() == pytest.approx(expected, rel=1e-6)  # t itself went through float32
+    in_double = contrastive_loss(images.double(), texts.double(), torch.tensor(t, dtype=torch.float64))
+    assert in_double.item() == pytest.approx(expected, rel=1e-9)  # softplus is linear above 20
     assert contrastive_loss(images, texts, torch.tensor(t)).item() == pytest.approx(expected, rel=2e-6)
 
 
-@pytest.mark.parametrize("t", [math.log(1 / 0.07), math.log(100)], ids=["start", "clamp"])
-@pytest.mark.parametrize("tile", [5, 2048], ids=["uneven tiles", "one tile"])
-@pytest.mark.parametrize("k", [1, 2, 3, 4, 5, "ragged"])
-def test_contrastive_loss_and_gradients_equal_the_naive_ones(monkeypatch, k, tile, t):
-    monkeypatch.setattr(clip, "TILE", tile)
-    counts = torch.tensor([1, 5, 2, 1, 3, 4, 1, 2, 7, 1, 1]) if k == "ragged" else torch.full((11,), k)
-    image_index = torch.arange(11).repeat_interleave(counts)
-    if k == "ragged":
-        image_index = image_index[torch.randperm(len(image_index))]
+@pytest.mark.usefixtures("each_loss")
+@pytest.mark.parametrize("t", [math.log(1 / 0.07), math.log(100)], ids=["initial t", "maximum t"])
+@pytest.mark.parametrize("case", loss_cases())
+def test_contrastive_loss_and_gradients_equal_the_naive_ones(case, t):
+    targets = loss_cases()[case]
+    images, texts = random_embeddings(targets["image_index"])
+    expected = loss_and_gradients(naive_loss, images, texts, t, torch.float64, **targets)
+    for dtype, tolerance in ((torch.float64, 1e-8), (torch.float32, 1e-5)):
+        found = loss_and_gradients(contrastive_loss, images, texts, t, dtype, **targets)
+        for name, value, expected_value in zip(("loss", "images", "texts", "t"), found, expected, strict=True):
+            assert value.dtype == dtype
+            assert relative_error(value, expected_value) < tolerance, name
+
+
+@pytest.mark.parametrize("case", loss_cases())
+def test_dense_and_tiled_loss_agree(case, monkeypatch):
+    targets = loss_cases()[case]
+    images, texts = random_embeddings(targets["image_index"])
+    dense = loss_and_gradients(contrastive_loss, images, texts, 2.0, torch.float64, **targets)
+    monkeypatch.setattr(clip, "MAX_DENSE_LOGITS", 0)
+    tiled = loss_and_gradients(contrastive_loss, images, texts, 2.0, torch.float64, **targets)
+    for a, b in zip(dense, tiled, strict=True):
+        assert relative_error(a, b) < 1e-8
+
+
+def test_contrastive_loss_is_tiled_above_the_maximum_size(monkeypatch):
+    calls = []
+    tiled = clip.tiled_contrastive_loss
+    monkeypatch.setattr(clip, "tiled_contrastive_loss", lambda *args: calls.append(len(args[1])) or tiled(*args))
+    monkeypatch.setattr(clip, "MAX_DENSE_LOGITS", 10**2)
+    for number in (9, 10, 11):
+        images, texts = random_embeddings(torch.arange(number))
+        contrastive_loss(images, texts, torch.tensor(1.0))
+    assert calls == [11]
+    image_index = torch.arange(3).repeat_interleave(4)  # 3 x 12 logits, but the dense loss needs 12 x 12
     images, texts = random_embeddings(image_index)
-    expected = loss_and_gradients(naive_loss, images, texts, t, image_index, torch.float64)
-    found = loss_and_gradients(contrastive_loss, images, texts, t, image_index, torch.float32)
-    for name, mine, theirs in zip(("loss", "images", "texts", "temperature"), found, expected, strict=True):
-        assert relative_error(mine, theirs) < 1e-5, name
+    contrastive_loss(images, texts, torch.tensor(1.0), image_index)
+    assert calls == [11, 12]
 
 
+@pytest.mark.usefixtures("each_loss")
 def test_contrastive_loss_is_float32_under_autocast():
     images, texts = random_embeddings(torch.arange(8))
     expected = contrastive_loss(images, texts, torch.tensor(4.0))
@@ -100,48 +103,87 @@ def test_contrastive_loss_is_float32_under_autocast():
     assert found == expected
 
 
-def test_contrastive_loss_of_a_perfect_and_of_a_useless_batch():
+@pytest.mark.usefixtures("each_loss")
+def test_contrastive_loss_of_perfect_and_of_constant_embeddings():
     one_hot = torch.eye(6)
     assert contrastive_loss(one_hot, one_hot, torch.tensor(math.log(100))).item() < 1e-12
     same = one_hot[:1].expand(6, 6)
     assert contrastive_loss(same, same, torch.tensor(0.0)).item() == pytest.approx(math.log(6))
 
 
-def test_contrastive_loss_of_one_image_is_nothing():
-    images, texts = random_embeddings(torch.zeros(3, dtype=torch.int64))
-    loss, *gradients = loss_and_gradients(contrastive_loss, images, texts, 1.0, torch.zeros(3).long(), torch.float32)
+@pytest.mark.usefixtures("each_loss")
+@pytest.mark.parametrize("rows", [1, 3])
+def test_contrastive_loss_of_one_image_is_zero(rows):
+    """One image with three captions, or the same image three times: there are no negatives."""
+    image_index = torch.arange(3) if rows == 3 else torch.zeros(3, dtype=torch.int64)
+    images, texts = random_embeddings(image_index)
+    targets = {"image_index": image_index, "image_ids": torch.full((rows,), 5)}
+    loss, *gradients = loss_and_gradients(contrastive_loss, images, texts, 1.0, torch.float32, **targets)
     assert loss == 0
     assert all((gradient == 0).all() for gradient in gradients)
 
 
-def test_contrastive_loss_wants_to_know_whose_captions_they_are():
-    with pytest.raises(ValueError, match="2 images and 4 captions"):
+@pytest.mark.usefixtures("each_loss")
+def test_contrastive_loss_of_a_repeated_image_ignores_its_other_captions():
+    """The captions of a repeated image are no negatives of its other rows: moving them away changes only their own
+    terms."""
+    targets = {"image_index": torch.arange(4), "image_ids": torch.tensor([1, 2, 1, 3])}
+    images, texts = random_embeddings(targets["image_index"])
+    t = torch.tensor(2.0, dtype=torch.float64)
+    inputs = images.double().requires_grad_(), texts.double().requires_grad_()
+    contrastive_loss(*inputs, t, **targets, weights=torch.tensor([1.0, 0, 0, 0])).backward()
+    assert (inputs[0].grad[2] == 0).all() and (inputs[1].grad[2] == 0).all()
+    assert (inputs[0].grad[[0, 1, 3]] != 0).any(1).all() and (inputs[1].grad[[0, 1, 3]] != 0).any(1).all()
+
+
+def test_contrastive_loss_needs_image_index_for_several_captions():
+    with pytest.raises(ValueError, match="2 images and 4 captions: give image_index"):
         contrastive_loss(torch.eye(4)[:2], torch.eye(4), torch.tensor(0.0))
 
 
 # ---- the model --------------------------------------------------------------------------------------------------
 
 
-def test_temperature_starts_at_the_papers_and_is_clamped(tiny_model):
+def test_temperature_starts_as_in_the_paper_and_is_clamped(tiny_model):
     model = tiny_model()
     assert model.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
-    for given, clamped in ((9.0, math.log(100)), (math.log(100), math.log(100)), (2.0, 2.0)):
+    for given, clamped in ((9.0, math.log(100)), (math.log(100), math.log(100)), (2.0, 2.0), (-1.0, 0.0)):
         model.logit_scale.data.fill_(given)
         model.clamp_temperature()
         assert model.logit_scale.item() == pytest.approx(clamped)
 
 
-def test_encoders_give_unit_vectors_in_float32(tiny_model):
+def test_encoders_return_unit_vectors_in_float32(tiny_model):
     model = tiny_model(projection_dim=20)
     images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     tokens = model.tokenizer(["A red circle .", "on grass"], padding=True, return_tensors="pt")
     for dtype in (None, torch.bfloat16):
-        with torch.no_grad(), clip.autocast(CPU, dtype):
+        with torch.no_grad(), autocast(CPU, dtype):
             embeddings = model.encode_image(images), model.encode_text(tokens.input_ids, tokens.attention_mask)
         for found, count in zip(embeddings, (3, 2), strict=True):
             assert found.shape == (count, 20)
             assert found.dtype == torch.float32
             assert torch.allclose(found.norm(dim=-1), torch.ones(count), atol=1e-6)
+
+
+def test_forward_encodes_a_batch_or_takes_precomputed_features(tiny_model):
+    model = tiny_model()
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    tokens = model.tokenizer(["A red circle .", "on grass", "a star"], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = model.encode_image(images), model.encode_text(tokens.input_ids, tokens.attention_mask)
+        image_features = model.image_features(images)
+        text_features = model.text_encoder(tokens.input_ids, tokens.attention_mask)
+        rows = {"image_index": torch.arange(3), "image_ids": torch.arange(3)}
+        text = {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
+        for inputs in (
+            {"images": images, **text},
+            {"image_features": image_features, **text},
+            {"images": images, "text_features": text_features},
+            {"image_features": image_features, "text_features": text_features},
+        ):
+            found = model(Batch(**rows, **inputs))
+            assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
 def test_encode_image_takes_bytes_and_floats(tiny_model):
@@ -151,7 +193,7 @@ def test_encode_image_takes_bytes_and_floats(tiny_model):
         assert torch.equal(model.encode_image(images), model.encode_image(images.float() / 255))
 
 
-def test_encode_text_does_not_see_the_padding(tiny_model):
+def test_encode_text_ignores_padding(tiny_model):
     model = tiny_model()
     short, long = model.tokenizer(["a star"])["input_ids"][0], model.tokenizer(["A blue star on sand"])["input_ids"][0]
     padded = torch.tensor([short + [model.tokenizer.pad_token_id] * (len(long) - len(short)), long])
@@ -161,7 +203,7 @@ def test_encode_text_does_not_see_the_padding(tiny_model):
         assert torch.allclose(model.encode_text(padded, mask)[:1], alone, atol=1e-6)
 
 
-def test_frozen_encoders_take_no_gradient_and_stay_in_evaluation_mode(tiny_model):
+def test_frozen_encoders_have_no_gradient_and_stay_in_evaluation_mode(tiny_model):
     model = tiny_model()
     frozen = {"trainable_image_encoder": False, "pretrained_image_encoder": True}
     model.config = dataclasses.replace(model.config, **frozen)
@@ -169,142 +211,24 @@ def test_frozen_encoders_take_no_gradient_and_stay_in_evaluation_mode(tiny_model
     assert not any(module.training for module in model.image_encoder.modules())
     assert model.text_encoder.training
     assert model.image_projection.training
+    changed = clip.CLIP(model.config, model.tokenizer, saved=saved_content(model))
+    assert not any(parameter.requires_grad for parameter in changed.image_encoder.parameters())
+    assert all(parameter.requires_grad for parameter in changed.text_encoder.parameters())
 
 
-# ---- gradient caching -------------------------------------------------------------------------------------------
-
-
-def micro_batches_of(config, sizes):
-    """Micro-batches with these numbers of images, with two captions each, as the loader makes them."""
-    pairs = load_splits(config)["train"]
-    model = CLIP(config, train_tokenizer(pairs.captions))
-    store = ImageStore(pairs.files, stored_side(config.size))
-    tokens = TokenStore(model.tokenizer, pairs.captions, model.max_length)
-    dataset = TrainingPairs(pairs, store, tokens, model.tokenizer.pad_token_id, config)
-    keys = [key for micro_batch in PairSampler(pairs, config) for key in micro_batch]
-    ends = np.cumsum(sizes)
-    parts = [keys[end - size : end] for end, size in zip(ends, sizes, strict=True)]
-    return model, [dataset.collate([dataset[key] for key in part]) for part in parts]
-
-
-def batchnorms(model):
-    return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-
-
-def gradients(model):
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def test_cached_gradients_equal_the_whole_batchs_with_dropout(tiny_config):
-    config = tiny_config(captions_per_image=2, dropout=0.3, num_projection_layers=2)
-    model, micro_batches = micro_batches_of(config, (4, 4, 3))
-    model.train()
-    for layer in batchnorms(model):
-        layer.eval()
-    dropouts = [m for m in model.modules() if isinstance(m, nn.Dropout) and m.training and m.p]
-    assert len(dropouts) > 4
-    state = torch.get_rng_state()
-    found_loss = contrastive_backward(model, micro_batches, CPU)
-    after = torch.get_rng_state()
-    found = gradients(model)
-    model.zero_grad()
-
-    # The whole batch in one graph, its parts encoded in the same order and so with the same dropout masks.
-    torch.set_rng_state(state)
-    embeddings = [model(batch) for batch in micro_batches]
-    rows = np.cumsum([0, 4, 4])
-    image_index = torch.cat([batch["image_index"] + row for batch, row in zip(micro_batches, rows, strict=True)])
-    images, texts = (torch.cat(parts) for parts in zip(*embeddings, strict=True))
-    loss = naive_loss(images.double(), texts.double(), model.logit_scale.double(), image_index)
-    loss.backward()
-    expected = gradients(model)
-    assert found_loss.item() == pytest.approx(loss.item(), rel=1e-6)
-    assert found.keys() == expected.keys()
-    assert "logit_scale" in found
-    whole = torch.cat([grad.flatten() for grad in expected.values()]).norm().item()
-    for name in expected:
-        assert (found[name] - expected[name]).norm().item() < 1e-5 * max(whole * 1e-2, expected[name].norm().item()), (
-            name
-        )
-    assert torch.equal(torch.get_rng_state(), after)  # the second pass draws what the first drew, and no more
-
-
-def test_dropout_masks_matter_in_that_comparison(tiny_config):
-    model, micro_batches = micro_batches_of(tiny_config(captions_per_image=2, dropout=0.3), (4, 4))
-    model.train()
-    losses = {contrastive_backward(model, micro_batches, CPU).item() for _ in range(3)}
-    assert len(losses) == 3
-
-
-def test_one_micro_batch_equals_caching_it(tiny_config):
-    model, (batch,) = micro_batches_of(tiny_config(captions_per_image=2), (6,))
-    model.eval()
-    whole = contrastive_backward(model, [batch], CPU)
-    expected = gradients(model)
-    model.zero_grad()
-    cut = int((batch["image_index"] < 3).sum())
-    halves = [
-        {name: x[:3] if name == "images" else x[:cut] for name, x in batch.items()},
-        {name: x[3:] if name == "images" else x[cut:] for name, x in batch.items()},
-    ]
-    halves[1]["image_index"] = halves[1]["image_index"] - 3
-    assert contrastive_backward(model, halves, CPU).item() == pytest.approx(whole.item(), rel=1e-6)
-    for name, grad in gradients(model).items():
-        assert (grad - expected[name]).norm().item() < 1e-5 * max(1e-2, expected[name].norm().item()), name
-
-
-def test_batchnorm_statistics_move_once_per_step_by_the_mean(tiny_config):
-    model, micro_batches = micro_batches_of(tiny_config(captions_per_image=2), (4, 4, 3))
-    model.train()
-    first = batchnorms(model)[0]
-    seen = []
-    first.register_forward_hook(lambda layer, inputs, output: seen.append(inputs[0].detach()))
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    contrastive_backward(model, micro_batches, CPU)
-    assert len(seen) == 6  # each micro-batch twice
-    mean = torch.stack([x.mean((0, 2, 3)) for x in seen[3:]]).mean(0)
-    variance = torch.stack([x.var((0, 2, 3)) for x in seen[3:]]).mean(0)
-    assert torch.allclose(first.running_mean, 0.1 * mean, rtol=1e-4, atol=1e-6)
-    assert torch.allclose(first.running_var, 0.9 + 0.1 * variance, rtol=1e-4)
-    for layer in batchnorms(model):
-        assert layer.num_batches_tracked == 1
-        assert layer.momentum == 0.1
-    moved = {name for name, buffer in model.named_buffers() if not torch.equal(buffer, before[name])}
-    assert {name for name in before if "running_" in name} <= moved
-
-
-def test_batchnorm_statistics_of_equal_micro_batches_are_those_of_one(tiny_config):
-    config = tiny_config(captions_per_image=2, dropout=0.0)
-    one, (batch,) = micro_batches_of(config, (6,))
-    several = CLIP(config, one.tokenizer)
-    several.load_state_dict(one.state_dict())
-    contrastive_backward(one.train(), [batch], CPU)
-    contrastive_backward(several.train(), [batch, batch, batch], CPU)
-    for a, b in zip(batchnorms(one), batchnorms(several), strict=True):
-        assert torch.allclose(a.running_mean, b.running_mean, rtol=1e-5, atol=1e-7)
-        assert torch.allclose(a.running_var, b.running_var, rtol=1e-5)
-
-
-def test_contrastive_backward_scales_for_the_gradient_scaler(tiny_config):
-    model, micro_batches = micro_batches_of(tiny_config(captions_per_image=2), (3, 3))
-    model.eval()
-    loss = contrastive_backward(model, micro_batches, CPU)
-    plain = model.logit_scale.grad.clone()
-    model.zero_grad()
-    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
-    assert contrastive_backward(model, micro_batches, CPU, scaler=scaler) == loss
-    assert model.logit_scale.grad.item() == pytest.approx(64 * plain.item(), rel=1e-5)
+def saved_content(model):
+    return {"image_encoder": model.image_config, "text_encoder": model.text_encoder.model_config}
 
 
 # ---- retrieval metrics ------------------------------------------------------------------------------------------
 
 
 def naive_metrics(images, texts, image_index):
-    """Recalls and median ranks by looking at every pair; a tie counts against the right answer."""
+    """Recalls and median ranks from all pairs; a tie counts against the right answer."""
     image_ranks, text_ranks = [], []
-    for j, owner in enumerate(image_index):
+    for j, own in enumerate(image_index):
         scores = [float(images[i] @ texts[j]) for i in range(len(images))]
-        text_ranks.append(1 + sum(scores[i] >= scores[owner] for i in range(len(images)) if i != owner))
+        text_ranks.append(1 + sum(scores[i] >= scores[own] for i in range(len(images)) if i != own))
     for i in range(len(images)):
         scores = [float(images[i] @ text) for text in texts]
         best = max(scores[j] for j in range(len(texts)) if image_index[j] == i)
@@ -313,7 +237,8 @@ def naive_metrics(images, texts, image_index):
     for name, ranks in (("image_to_text", image_ranks), ("text_to_image", text_ranks)):
         for k in (1, 5, 10):
             metrics[f"{name}_R@{k}"] = 100 * sum(rank <= k for rank in ranks) / len(ranks)
-        metrics[f"{name}_median_rank"] = sorted(ranks)[(len(ranks) - 1) // 2]
+        ranks = sorted(ranks)
+        metrics[f"{name}_median_rank"] = (ranks[(len(ranks) - 1) // 2] + ranks[len(ranks) // 2]) / 2
     metrics["rsum"] = sum(metrics[f"{name}_R@{k}"] for name in ("image_to_text", "text_to_image") for k in (1, 5, 10))
     return metrics
 
@@ -329,7 +254,7 @@ def test_retrieval_metrics_equal_a_double_loop(monkeypatch, tile, image_tile):
     monkeypatch.setattr(clip, "IMAGE_TILE", image_tile)
     image_index = ragged_index(40)
     image_index = image_index[torch.randperm(len(image_index))]
-    # Small whole numbers: exact in any order of summation, and full of ties.
+    # Small integers: exact in any order of summation, and full of ties.
     images = torch.randint(-2, 3, (40, 6)).float()
     texts = images[image_index] + torch.randint(-2, 3, (len(image_index), 6))
     found = retrieval_metrics(images, texts, image_index)
@@ -348,13 +273,25 @@ def test_retrieval_metrics_of_a_perfect_model_are_100():
     assert metrics["image_to_text_median_rank"] == metrics["text_to_image_median_rank"] == 1
 
 
-def test_retrieval_metrics_of_a_collapsed_model_are_nothing():
+def test_retrieval_metrics_of_a_collapsed_model_are_zero():
     image_index = torch.arange(30).repeat_interleave(5)
     metrics = retrieval_metrics(torch.ones(30, 4), torch.ones(150, 4), image_index)
     assert metrics["rsum"] == 0
     assert metrics["text_to_image_median_rank"] == 30
-    assert metrics["image_to_text_median_rank"] == 146  # after all captions of the others
+    assert metrics["image_to_text_median_rank"] == 146  # after all captions of the other images
     assert retrieval_metrics(torch.full((30, 4), math.nan), torch.ones(150, 4), image_index)["rsum"] == 0
+
+
+def test_format_metrics_prints_every_metric():
+    image_index = torch.arange(20).repeat_interleave(2)
+    metrics = retrieval_metrics(*random_embeddings(image_index), image_index)
+    lines = format_metrics(metrics).splitlines()
+    assert lines[0].split() == ["R@1", "R@5", "R@10", "median", "rank"]
+    for line, name in zip(lines[1:3], ("image_to_text", "text_to_image"), strict=True):
+        assert line.startswith(name.replace("_", " "))
+        recalls = [f"{metrics[f'{name}_R@{k}']:.1f}" for k in (1, 5, 10)]
+        assert line.split()[3:] == [*recalls, f"{metrics[f'{name}_median_rank']:.0f}"]
+    assert lines[3] == f"rsum {metrics['rsum']:.1f}"
 
 
 # ---- saving and loading -----------------------------------------------------------------------------------------
@@ -362,7 +299,7 @@ def test_retrieval_metrics_of_a_collapsed_model_are_nothing():
 
 @pytest.fixture
 def saved(tiny_model, tmp_path):
-    """A model with weights of its own, BatchNorm's statistics included, and the folder it is saved in."""
+    """A model with random weights and BatchNorm statistics, and the folder it is saved in."""
     model = tiny_model(captions_per_image=2, num_projection_layers=2)
     with torch.no_grad():
         for tensor in model.state_dict().values():
@@ -373,7 +310,7 @@ def saved(tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["best", "."], ids=["best folder", "run folder"])
-def test_a_saved_model_comes_back_bit_for_bit(saved, name):
+def test_load_model_restores_a_model_bit_for_bit(saved, name):
     model, folder = saved
     loaded = load_model(folder.parent / name)
     assert not loaded.training
@@ -387,17 +324,31 @@ def test_a_saved_model_comes_back_bit_for_bit(saved, name):
     tokens = loaded.tokenizer(captions, padding=True, return_tensors="pt")
     with torch.no_grad():
         assert torch.equal(model.encode_image(images), loaded.encode_image(images))
-        mine = model.encode_text(tokens.input_ids, tokens.attention_mask)
-        assert torch.equal(mine, loaded.encode_text(tokens.input_ids, tokens.attention_mask))
+        expected = model.encode_text(tokens.input_ids, tokens.attention_mask)
+        assert torch.equal(expected, loaded.encode_text(tokens.input_ids, tokens.attention_mask))
 
 
-def test_save_model_again_replaces_the_weights(saved):
+def test_save_model_replaces_earlier_weights(saved):
     model, folder = saved
     with torch.no_grad():
         model.logit_scale.fill_(1.5)
     save_model(model, folder)
     assert load_model(folder).logit_scale.item() == 1.5
-    assert not list(folder.glob("*.tmp"))
+    assert not list(folder.glob("*.tmp")) + list(folder.glob(".*.tmp"))
+
+
+def test_load_model_reads_the_settings_of_earlier_versions(saved):
+    _, folder = saved
+
+    def rename(content):
+        settings = content["settings"]
+        settings["gan_gate"], settings["gan_match"] = settings.pop("gan_filter_top_k"), settings.pop("gan_clip_weight")
+        settings["text_tokenizer"], settings["gan_gate"] = "captions", 7
+
+    change_json(folder, rename)
+    config = load_model(folder).config
+    assert (config.gan_filter_top_k, config.gan_clip_weight, config.text_tokenizer) == (7, 0.25, "wordpiece")
+    assert read_saved_model(folder)[1]["settings"]["gan_filter_top_k"] == 7
 
 
 def change_json(folder, change):
@@ -417,64 +368,53 @@ class Explosive:
         return (open, ("opened", "w"))
 
 
-def pickle_in_place_of(path):
-    path.write_bytes(pickle.dumps(Explosive()))
-
-
 HEAD = "image_projection.layers.1.weight"
 DAMAGES = {
-    "pickle": (lambda f: pickle_in_place_of(f / "model.safetensors"), "not a safetensors file"),
+    "pickle": (
+        lambda f: (f / "model.safetensors").write_bytes(pickle.dumps(Explosive())),
+        "not a safetensors file",
+    ),
     "torch file": (lambda f: torch.save({}, f / "model.safetensors"), "not a safetensors file"),
-    "cut off": (
+    "truncated": (
         lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:5000]),
         "not a safetensors file",
     ),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "holds no model.safetensors"),
-    "no settings": (lambda f: (f / "config.json").unlink(), "holds no config.json"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "contains no model.safetensors"),
+    "no settings": (lambda f: (f / "config.json").unlink(), "contains no config.json"),
     "no JSON": (lambda f: (f / "config.json").write_text("{"), "cannot be read as JSON"),
-    "a list": (lambda f: (f / "config.json").write_text("[1]"), "holds no JSON object"),
+    "a list": (lambda f: (f / "config.json").write_text("[1]"), "does not hold a JSON object"),
     "missing setting": (lambda f: change_json(f, lambda c: c["settings"].pop("size")), "lacks settings.size"),
+    "no settings in it": (lambda f: change_json(f, lambda c: c.pop("settings")), "lacks settings.image_path"),
     "missing mean": (lambda f: change_json(f, lambda c: c["image_encoder"].pop("mean")), "lacks image_encoder.mean"),
     "missing part": (lambda f: change_json(f, lambda c: c.pop("text_encoder")), "lacks text_encoder.model_type"),
     "impossible setting": (lambda f: change_json(f, lambda c: c["settings"].update(size=-1)), "size is -1"),
     "unknown setting": (lambda f: change_json(f, lambda c: c["settings"].update(sizes=1)), "unknown setting 'sizes'"),
-    "missing tensor": (lambda f: change_weights(f, lambda s: s.pop(HEAD)), f"lacks tensor {HEAD}"),
-    "unknown tensor": (lambda f: change_weights(f, lambda s: s.update(x=torch.zeros(1))), "unknown tensor x"),
+    "missing tensor": (lambda f: change_weights(f, lambda s: s.pop(HEAD)), f"lacks the tensor {HEAD}"),
+    "unknown tensor": (lambda f: change_weights(f, lambda s: s.update(x=torch.zeros(1))), "has an unknown tensor x"),
     "misshapen tensor": (
         lambda f: change_weights(f, lambda s: s.update({HEAD: s[HEAD][:, :5].contiguous()})),
-        f"misshapen tensor {HEAD}",
+        f"has a misshapen tensor {HEAD}",
     ),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_load_model_refuses_what_is_damaged(saved, damage, tmp_path):
+def test_load_model_refuses_a_damaged_model(saved, damage, tmp_path):
     change, message = DAMAGES[damage]
     change(saved[1])
     with pytest.raises(InputError, match=message) as error:
         load_model(tmp_path)
     assert "\n" not in str(error.value)
-    assert not (tmp_path / "opened").exists()  # what a pickle would have done
+    assert not (tmp_path / "opened").exists()  # the pickle would have created it
 
 
-def test_load_model_refuses_a_folder_that_is_no_run(tmp_path):
+def test_load_model_refuses_a_folder_without_a_model(tmp_path):
     with pytest.raises(InputError, match="is not a trained run"):
         load_model(tmp_path)
     with pytest.raises(InputError, match="is not a trained run"):
         load_model(tmp_path / "nowhere")
 
 
-# ---- device and precision ---------------------------------------------------------------------------------------
-
-
-def test_setup_device_chooses_and_refuses():
-    assert clip.setup_device("cpu", "auto") == (CPU, None)
-    assert clip.setup_device("cpu", "bf16") == (CPU, torch.bfloat16)
-    for device, precision, message in (
-        ("toaster", "auto", "device is 'toaster'"),
-        ("cuda:99", "auto", "device is 'cuda:99'"),
-        ("cpu", "fp16", "precision is fp16"),
-    ):
-        with pytest.raises(InputError, match=message):
-            clip.setup_device(device, precision)
-    assert isinstance(clip.autocast(CPU, None), contextlib.nullcontext)
+def test_save_model_leaves_frozen_layers_in_evaluation_mode(saved):
+    loaded = load_model(saved[1])
+    assert all(not layer.training for layer in loaded.modules() if isinstance(layer, nn.BatchNorm2d))

@@ -1,76 +1,76 @@
-"""The training command from its flags to its folder, and what both commands say to bad input."""
+"""The training command: a run from its flags to its files, the training loop, optimisation, one step."""
 
 import json
-import os
-import pickle
-import shutil
+import math
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, flags, run_python
+import timm
+import torch
+from conftest import ROOT, flags, read_json_lines, save_text_folder
+from naive import naive_loss
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import config as settings
+import clip
 import inference
 import main
-from config import InputError, read_json
+from config import PRESETS, DivergenceError, build_config
+from dataset import load_splits
+from main import build_ema, build_optimizer, build_scheduler
+from utils.files import read_json
+from dataset import derive_seed
 
 METRICS = {f"{way}_R@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
 METRICS |= {"image_to_text_median_rank", "text_to_image_median_rank", "rsum"}
 
 
-def copy_run(run, folder):
-    shutil.copytree(run, folder)
-    return folder
-
-
 # ---- a run ------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_leaves_its_files(trained_run):
-    left = {file.relative_to(trained_run).as_posix() for file in trained_run.rglob("*") if file.is_file()}
+def test_run_writes_its_files(trained_run):
+    written = {file.relative_to(trained_run).as_posix() for file in trained_run.rglob("*") if file.is_file()}
     expected = {"config.json", "metrics.jsonl", "last.pt", "results.json", "curves.png", "matches.png"}
     expected |= {"best/model.safetensors", "best/config.json", "best/tokenizer/tokenizer.json"}
     expected |= {"best/tokenizer/tokenizer_config.json"}
-    assert expected <= left
-    assert not [name for name in left if name.endswith(".tmp")]
+    assert expected <= written
+    assert not [name for name in written if name.endswith(".tmp")]
     for name in ("curves.png", "matches.png"):
-        with Image.open(trained_run / name) as picture:
-            assert min(picture.size) > 200
-            assert np.asarray(picture.convert("L")).std() > 10
+        with Image.open(trained_run / name) as plot:
+            assert min(plot.size) > 200
+            assert np.asarray(plot.convert("L")).std() > 10
 
 
-def test_a_run_names_its_metrics(trained_run):
+def test_run_names_its_metrics(trained_run):
     results = read_json(trained_run / "results.json")
     assert set(results) == METRICS | {"split", "images"}
     assert (results["split"], results["images"]) == ("test", 10)
-    for metrics in (results, *read_lines(trained_run / "metrics.jsonl")):
+    epochs = read_json_lines(trained_run / "metrics.jsonl")
+    for metrics in (results, *epochs):
         recalls = [value for name, value in metrics.items() if "_R@" in name]
         assert len(recalls) == 6
         assert all(0 <= value <= 100 for value in recalls)
         assert metrics["rsum"] == pytest.approx(sum(recalls))
-    epochs = read_lines(trained_run / "metrics.jsonl")
     assert [line["epoch"] for line in epochs] == [1, 2]
-    assert [line["steps"] for line in epochs] == [15, 30]  # 24 images, 5 captions each, 8 a step
+    assert [line["steps"] for line in epochs] == [15, 30]  # 24 images, 5 captions each, 8 pairs per step
     assert epochs[1]["train_loss"] < epochs[0]["train_loss"]
-    assert set(epochs[0]) >= METRICS
+    others = {"epoch", "steps", "train_loss", "validation_loss", "temperature", "learning_rates"}
+    others |= {"seconds", "images_per_second", "data_time_share"}
+    assert set(epochs[0]) == METRICS | others
+    assert 0 <= epochs[0]["data_time_share"] <= 1
 
 
-def read_lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def test_a_run_saves_its_resolved_settings(trained_run):
+def test_run_saves_its_resolved_settings(trained_run):
     saved = read_json(trained_run / "config.json")
-    assert settings.build_config(saved).epochs == 2
+    assert build_config(saved).epochs == 2
     assert Path(saved["run"]) == trained_run
     assert read_json(trained_run / "best" / "config.json")["settings"]["epochs"] == 2
 
 
-def test_a_saved_run_is_rebuilt_from_its_own_settings(trained_run, sample, capsys):
-    # Not from flags, not from today's defaults: the command gets nothing but the folder.
+def test_saved_run_is_rebuilt_from_its_own_settings(trained_run, sample, capsys):
+    # From neither flags nor today's defaults: the command gets only the folder.
     arguments = ["--evaluate", "--run", str(trained_run), "--json", "--device", "cpu"]
     inference.main([*arguments, "--image_path", sample["image_path"], "--captions_path", sample["captions_path"]])
     printed = json.loads(capsys.readouterr().out)
@@ -78,255 +78,414 @@ def test_a_saved_run_is_rebuilt_from_its_own_settings(trained_run, sample, capsy
     assert (printed["images"], printed["captions"]) == (42, 210)
 
 
-def test_help_and_refusals_import_no_torch():
-    code = "import sys, main\ntry: main.main(sys.argv[1:])\nfinally: print('torch' in sys.modules)"
-    for argv, status in ((["--help"], 0), (["--batch_size", "1"], 2)):
-        finished = run_python("-c", code, *argv)
-        assert finished.returncode == status
-        assert finished.stdout.splitlines()[-1] == "False"
+def test_first_output_is_a_short_block(tiny_config, no_plots, capsys):
+    config = tiny_config(captions_per_image=5, trainable_text_encoder=True)
+    main.main(flags(config))
+    printed = capsys.readouterr().out
+    block = printed.split("epoch 1:")[0].splitlines()
+    assert block[0] == f"run: {config.run}"
+    assert block[1].startswith("flag: ")
+    text = " ".join(" ".join(block).split())
+    assert "captions_per_image=5" in text
+    assert "epochs" not in text and "preset" not in text
+    assert block[-3] == "data: train 24 / validation 8 / test 10 images, 210 captions, official split files"
+    assert block[-2] == "device: cpu, float32"
+    assert block[-1].startswith("model: test_resnet and distilbert-base-uncased, 0.")
+    assert block[-1].endswith(" M parameters")
+    assert len(block) <= 12
+    assert "test split, 10 images:" in printed
+    assert f'python inference.py "a sentence" --run {config.run}' in printed
 
 
-def test_the_command_itself_ends_with_status_2_and_one_line():
-    finished = run_python(ROOT / "main.py", "--batchsize", "3")
-    assert finished.returncode == 2
-    assert finished.stderr.splitlines() == ["error: unrecognized arguments: --batchsize 3 (did you mean --batch_size?)"]
-    assert list(Path().iterdir()) == []
+# ---- the training loop ------------------------------------------------------------------------------------------
 
 
-# ---- which folder, which settings -------------------------------------------------------------------------------
+@pytest.mark.usefixtures("no_plots")
+def test_training_memorises_a_tiny_data_set(data_set, tiny_config, fit):
+    words = ["red dog", "green cat", "blue bird", "white horse", "black cow", "grey fish"]
+    captions = {f"{number}.jpg": [f"A {text} .", f"The {text} runs"] for number, text in enumerate(words)}
+    paths = data_set(captions, train=list(captions)[:5], dev=["5.jpg"], test=[])
+    config = tiny_config(
+        **paths, batch_size=5, epochs=60, captions_per_image=2, dropout=0.0, crop_scale=1.0, color_jitter=0.0
+    )
+    state, splits = fit(config)
+    losses = [line["train_loss"] for line in state.history]
+    assert losses[0] > 1
+    assert losses[-1] < 0.1 * losses[0]
+    metrics, _ = main.evaluate(state.eval_model, splits["train"], None, config)
+    assert metrics["rsum"] == 600
 
 
-def test_a_run_gets_a_folder_of_its_own():
-    assert main.resolve_config(["--run", "a/b"]).run == "a/b"
-    assert Path(main.resolve_config([]).run).parent == Path("runs")
+def test_training_masks_the_captions_of_a_repeated_image(data_set, tiny_config, fit, monkeypatch):
+    """The loss of every batch, some of which hold an image twice, equals the naive one with those pairs masked."""
+    captions = {f"{n}.jpg": [f"A dog {n} ."] for n in range(12)} | {"many.jpg": [f"Cat {n} ." for n in range(12)]}
+    paths = data_set(captions, train=list(captions)[2:], dev=list(captions)[:2])
+    contrastive_loss, repeated, losses = main.contrastive_loss, [], []
+
+    def checked(images, texts, logit_scale, image_index=None, image_ids=None, weights=None, group=None):
+        loss = contrastive_loss(images, texts, logit_scale, image_index, image_ids, weights, group)
+        if image_ids is not None:  # training
+            repeated.append(len(image_ids) - len(image_ids.unique()))
+            expected = naive_loss(images.double(), texts.double(), logit_scale.double(), image_index, image_ids)
+            assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+            losses.append(loss.item())
+        return loss
+
+    monkeypatch.setattr(main, "contrastive_loss", checked)
+    for changes in ({}, {"micro_batch_size": 3}):
+        state, _ = fit(tiny_config(**paths, batch_size=6, run=f"run{len(changes)}", **changes))
+        assert len(repeated) == 4  # 22 pairs
+        assert sum(repeated) >= 4 and math.isfinite(sum(losses))
+        assert state.history[0]["train_loss"] == pytest.approx(np.mean(losses))
+        repeated.clear(), losses.clear()
 
 
-def test_a_run_is_not_overwritten(tiny_config, trained_run, refused):
-    before = (trained_run / "config.json").read_bytes()
-    line = refused(main.main, flags(tiny_config(run=str(trained_run))))
-    assert "already holds a run" in line
-    assert "--resume" in line
-    assert (trained_run / "config.json").read_bytes() == before
+@pytest.mark.usefixtures("no_plots")
+def test_evaluate_computes_the_loss_of_consecutive_batches(tiny_config, fit):
+    config = tiny_config(captions_per_image=2, batch_size=3)
+    state, splits = fit(config)
+    pairs = splits["validation"]  # 8 images
+    metrics, loss = main.evaluate(state.model, pairs, None, config)
+    images, texts = main.embed_split(state.model, pairs, None, config)
+    expected = []
+    for start in range(0, 8, 3):
+        rows = range(start, min(start + 3, 8))
+        chosen = [j for i in rows for j in list(pairs.captions_of(i))[:2]]
+        index = torch.arange(len(rows)).repeat_interleave(2)
+        value = naive_loss(images[rows].double(), texts[chosen].double(), state.model.logit_scale.double(), index)
+        expected += [value.item()] * len(rows)
+    assert loss == pytest.approx(np.mean(expected), rel=1e-5)
+    assert metrics == clip.retrieval_metrics(images, texts, pairs.image_index)
 
 
-def save_run(name, age, **changes):
-    folder = Path("runs") / name
-    folder.mkdir(parents=True)
-    settings.write_json(folder / "config.json", {**vars(settings.Config(**changes)), "run": folder.as_posix()})
-    os.utime(folder / "config.json", (1e9 - age, 1e9 - age))
+@pytest.mark.usefixtures("no_plots")
+def test_frozen_encoders_run_once_and_stay_unchanged(tiny_config, tmp_path, monkeypatch, fit):
+    config = pretrained_config(tiny_config, tmp_path, trainable=False, epochs=3, head_lr=1e-2)
+    encoded, before = [], {}
+    encode, build_model = clip.CLIP.image_features, main.build_model
+
+    def build(*arguments):
+        model = build_model(*arguments)
+        before.update({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return model
+
+    monkeypatch.setattr(clip.CLIP, "image_features", lambda model, x: encoded.append(len(x)) or encode(model, x))
+    monkeypatch.setattr(main, "build_model", build)
+    state, splits = fit(config)
+    assert sum(encoded) == 24 + 8  # training and validation images, once in three epochs
+    for name, tensor in state.model.state_dict().items():
+        assert torch.equal(tensor, before[name]) == ("encoder" in name), name
+    losses = [line["train_loss"] for line in state.history]
+    assert losses[-1] < losses[0]
+    validation = splits["validation"]
+    cached, _ = main.evaluate(state.eval_model, validation, None, config)
+    validation.image_features = validation.text_features = None
+    direct, _ = main.evaluate(state.eval_model, validation, None, config)
+    assert cached == pytest.approx(direct)
+    assert main.report(state, splits, config, torch.device("cpu"), None)["images"] == 10
+
+
+def test_one_frozen_encoder_lets_the_other_train(tiny_config, tmp_path, monkeypatch, fit, capsys):
+    config = pretrained_config(tiny_config, tmp_path, trainable_text_encoder=False)
+    before, build_model = {}, main.build_model
+
+    def build(*arguments):
+        model = build_model(*arguments)
+        before.update({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return model
+
+    monkeypatch.setattr(main, "build_model", build)
+    state, _ = fit(config)
+    after = state.model.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in after if name.startswith("text_encoder"))
+    name = next(name for name in after if name.startswith("image_encoder") and after[name].ndim == 4)
+    assert not torch.equal(before[name], after[name])
+    assert " M trained)" in capsys.readouterr().out
+
+
+def fixed_evaluation(monkeypatch, rsums, losses, states=None):
+    """Replace `main.evaluate` by given results; the evaluated weights are appended to `states`."""
+    rsums, losses = iter(rsums), iter(losses)
+    names = [f"text_to_image_R@{k}" for k in (1, 5, 10)]
+
+    def evaluate(model, *_):
+        if states is not None:
+            states.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return {**dict.fromkeys(names, 0.0), "rsum": next(rsums)}, next(losses)
+
+    monkeypatch.setattr(main, "evaluate", evaluate)
+
+
+def test_best_epoch_is_chosen_by_rsum(tiny_config, monkeypatch, fit):
+    """The validation loss falls throughout; rsum is highest in the second epoch."""
+    states, config = [], tiny_config(epochs=3, captions_per_image=5)
+    fixed_evaluation(monkeypatch, [100.0, 300.0, 200.0], [3.0, 2.0, 1.0], states)
+    state, _ = fit(config)
+    best = load_file(Path(config.run) / "best" / "model.safetensors")
+    assert state.best_rsum == 300
+    assert [all(torch.equal(best[name], state[name]) for name in best) for state in states] == [False, True, False]
+
+
+def test_diverged_training_ends_with_status_1_and_one_line(tiny_config, monkeypatch, capsys):
+    build_model = main.build_model
+
+    def build(*arguments):
+        model = build_model(*arguments)
+        with torch.no_grad():
+            model.text_projection.layers[-1].weight.fill_(math.nan)
+        return model
+
+    monkeypatch.setattr(main, "build_model", build)
+    config = tiny_config(captions_per_image=5)
+    with pytest.raises(DivergenceError, match="the loss is nan at step 3"):
+        main.train(config)
+    assert not (Path(config.run) / "last.pt").exists()
+    with pytest.raises(SystemExit) as exit:
+        main.main(["--resume", "--run", config.run])
+    assert exit.value.code == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: the loss is nan at step 3: lower the learning rates")
+
+
+def test_derive_seed_depends_on_every_number():
+    assert derive_seed(1, 2, 3) == int(np.random.SeedSequence((1, 2, 3)).generate_state(1)[0])
+    assert len({derive_seed(a, b) for a in range(5) for b in range(5)}) == 25
+
+
+# ---- optimisation -----------------------------------------------------------------------------------------------
+
+
+def test_build_optimizer_decays_matrices_only_and_each_part_has_its_rate(tiny_model):
+    model = tiny_model(
+        weight_decay=0.3, image_encoder_lr=1e-3, text_encoder_lr=2e-3, head_lr=3e-3, num_projection_layers=2
+    )
+    groups = build_optimizer(model, model.config).param_groups
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {names[id(p)]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(found) == len(names)  # each once
+    rates = {"image_encoder": 1e-3, "text_encoder": 2e-3, "image_projection": 3e-3, "text_projection": 3e-3}
+    for name, parameter in model.named_parameters():
+        rate = 3e-3 if name == "logit_scale" else rates[name.split(".")[0]]
+        assert found[name] == (rate, 0.3 if parameter.ndim >= 2 else 0.0), name
+    assert found["logit_scale"] == (3e-3, 0.0)
+    assert found["image_projection.layers.1.bias"] == (3e-3, 0.0)
+
+
+def test_plateau_scheduler_reduces_the_rate_when_the_validation_loss_stays(tiny_config, monkeypatch, fit):
+    fixed_evaluation(monkeypatch, [0.0] * 6, [2.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+    state, _ = fit(tiny_config(epochs=6, captions_per_image=5, patience=1, factor=0.5))
+    # Two epochs without a lower loss are one more than `patience`: a reduction, then one every second epoch.
+    rates = [line["learning_rates"]["heads"] for line in state.history]
+    assert rates == pytest.approx([1e-3, 1e-3, 1e-3, 5e-4, 5e-4, 2.5e-4])
+    assert state.history[-1]["learning_rates"]["image_encoder"] == pytest.approx(2.5e-4)
+
+
+def test_cosine_schedule_warms_up_and_ends_at_zero(tiny_config):
+    config = tiny_config(scheduler="cosine", warmup_steps=4)
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.AdamW([parameter], lr=8.0)
+    scheduler = build_scheduler(optimizer, config, steps=20)
+    rates = []
+    for _ in range(20):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    expected = [2.0, 4.0, 6.0, 8.0] + [4 * (1 + math.cos(math.pi * step / 16)) for step in range(16)]
+    assert rates == pytest.approx(expected)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0)
+
+
+def test_ema_follows_the_weights_with_a_growing_decay():
+    """As `train_one_epoch` calls it; buffers are averaged, counters copied."""
+    model = torch.nn.BatchNorm1d(3)
+    ema = build_ema(model, 0.7)
+    expected, mean = model.weight.detach().clone(), model.running_mean.clone()
+    for step in range(40):
+        torch.nn.init.normal_(model.weight)
+        torch.nn.init.normal_(model.running_mean)
+        model.num_batches_tracked += 1
+        ema.update(model, step + 2)
+        decay = min(0.7, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * model.weight.detach()
+        mean = decay * mean + (1 - decay) * model.running_mean
+    assert torch.allclose(ema.module.weight, expected, atol=1e-6)
+    assert torch.allclose(ema.module.running_mean, mean, atol=1e-6)
+    assert ema.module.num_batches_tracked == 40
+    assert not ema.module.training and not any(p.requires_grad for p in ema.module.parameters())
+
+
+def test_ema_of_a_training_equals_the_naive_one(tiny_config, monkeypatch, fit):
+    seen, clamp_temperature, build_model = [], clip.CLIP.clamp_temperature, main.build_model
+
+    def weight(model):
+        return model.text_projection.layers[-1].weight.detach().double().clone()
+
+    def build(*arguments):
+        model = build_model(*arguments)
+        seen.append(weight(model))
+        return model
+
+    monkeypatch.setattr(main, "build_model", build)
+    monkeypatch.setattr(clip.CLIP, "clamp_temperature", lambda m: clamp_temperature(m) or seen.append(weight(m)))
+    state, _ = fit(tiny_config(captions_per_image=2, ema_decay=0.5))
+    expected = seen[0]
+    for step, value in enumerate(seen[1:]):
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * value
+    assert len(seen) == 10
+    assert torch.allclose(weight(state.eval_model), expected, atol=1e-7)
+
+
+def test_ema_is_evaluated_and_saved(tiny_config, fit):
+    config = tiny_config(captions_per_image=5, ema_decay=0.9)
+    state, splits = fit(config)
+    assert state.eval_model is state.ema.module
+    best, ema, own = clip.load_model(config.run), state.ema.module.state_dict(), state.model.state_dict()
+    assert all(torch.equal(tensor, ema[name]) for name, tensor in best.state_dict().items())
+    assert not torch.equal(ema["text_projection.layers.1.weight"], own["text_projection.layers.1.weight"])
+    metrics, loss = main.evaluate(best, splits["validation"], None, config)
+    assert metrics == {name: state.history[-1][name] for name in metrics}
+    # The saved model has another memory layout than the trained one, and sums in another order round differently.
+    assert loss == pytest.approx(state.history[-1]["validation_loss"], rel=1e-5)
+
+
+def test_bf16_training_has_a_float32_loss(tiny_config, monkeypatch, fit):
+    dtypes, contrastive_loss = set(), main.contrastive_loss
+
+    def checked(*arguments, **options):
+        loss = contrastive_loss(*arguments, **options)
+        dtypes.add((arguments[0].dtype, loss.dtype))
+        return loss
+
+    monkeypatch.setattr(main, "contrastive_loss", checked)
+    for changes in ({}, {"micro_batch_size": 4}):
+        state, _ = fit(tiny_config(precision="bf16", captions_per_image=5, run=f"run{len(changes)}", **changes))
+        assert math.isfinite(state.history[0]["train_loss"])
+    assert dtypes == {(torch.float32, torch.float32)}
+
+
+# ---- encoders from folders --------------------------------------------------------------------------------------
+
+
+def save_timm_folder(folder):
+    """A timm model in a folder in the layout of the hub: config.json and model.safetensors."""
+    model = timm.create_model("test_resnet", pretrained=False)
+    folder.mkdir()
+    own = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
+    details = {"architecture": "test_resnet", "num_classes": 1000, "pretrained_cfg": {**model.pretrained_cfg, **own}}
+    (folder / "config.json").write_text(json.dumps(details), encoding="utf-8")
+    save_file(model.state_dict(), folder / "model.safetensors")
     return folder
 
 
-def test_resume_continues_the_newest_run():
-    save_run("b", 0, epochs=3)
-    save_run("c", 100)
-    assert main.newest_run() == Path("runs/b")
-    resumed = main.resolve_config(["--resume"])
-    assert (resumed.run, resumed.epochs, resumed.resume) == ("runs/b", 3, True)
-    assert main.resolve_config(["--resume", "--run", "runs/c"]).epochs == 1
+def pretrained_config(tiny_config, tmp_path, **changes):
+    """Both encoders from local folders of "pretrained" weights."""
+    captions = load_splits(tiny_config())["train"].captions
+    text_folder = save_text_folder(tmp_path / "bert", captions)
+    image_folder = save_timm_folder(tmp_path / "resnet")
+    folders = {
+        "pretrained": True,
+        "model_name": str(image_folder),
+        "text_encoder_model": str(text_folder),
+        "text_tokenizer": str(text_folder),
+        "text_layers": 0,
+        "text_width": 0,
+        "captions_per_image": 5,
+    }
+    return tiny_config(**{**folders, **changes})
 
 
-def test_resume_takes_only_what_does_not_change_the_past():
-    folder = save_run("a", 0, batch_size=64)
-    assert main.resolve_config(["--resume", "--epochs", "9", "--num_workers", "0"]).epochs == 9
-    assert main.resolve_config(["--resume", "--batch_size", "64"]).batch_size == 64
-    for name in main.MAY_CHANGE:
-        assert name in settings.Config.__dataclass_fields__
-    with pytest.raises(InputError, match="batch_size is 32, but .*a was started with 64"):
-        main.resolve_config(["--resume", "--batch_size", "32"])
-    with pytest.raises(InputError, match="sample_images is 2000, but .*a was started with 0"):
-        main.resolve_config(["--resume", "--preset", "demo"])
-    saved = read_json(folder / "config.json")
-    del saved["seed"]  # from a version that had no such setting
-    settings.write_json(folder / "config.json", saved)
-    assert main.resolve_config(["--resume", "--seed", "7"]).seed == 7
-
-
-def test_resume_trains_the_epochs_that_are_left(trained_run, tmp_path, capsys):
-    run = copy_run(trained_run, tmp_path / "copy")
-    main.main(["--resume", "--run", str(run), "--epochs", "3", "--cache_path", str(tmp_path / "cache")])
-    old, new = read_lines(trained_run / "metrics.jsonl"), read_lines(run / "metrics.jsonl")
-    assert new[:2] == old
-    assert [line["steps"] for line in new] == [15, 30, 45]
-    assert "at epoch 3, batch 0" in capsys.readouterr().out
-
-
-# ---- bad input: training ----------------------------------------------------------------------------------------
-
-TWENTY = {f"{i:02d}.jpg": [f"A dog number {i} .", "A dog ."] for i in range(20)}
-
-
-def test_without_a_data_set_the_command_says_how_to_get_one(refused):
-    line = refused(main.main, ["--device", "cpu"])
-    assert "data" in line
-    for part in ("Images", "Kaggle", "--image_path", "--preset demo"):
-        assert part in line
-    assert list(Path().iterdir()) == []
-
-
-def break_data(kind, data):
-    """Damage the data set in the way of `kind`; extra settings."""
-    images, captions = Path(data["image_path"]), Path(data["captions_path"])
-    if kind == "no image folder":
-        shutil.rmtree(images)
-    elif kind == "no captions file":
-        captions.unlink()
-    elif kind == "missing pictures":
-        for name in ("03.jpg", "04.jpg", "05.jpg"):
-            (images / name).unlink()
-    elif kind == "unreadable picture":
-        (images / "03.jpg").write_bytes(b"no picture")
-    elif kind == "truncated jpeg":
-        rng = np.random.default_rng(0)
-        Image.fromarray(rng.integers(0, 256, (80, 80, 3), dtype=np.uint8)).save(images / "03.jpg")
-        (images / "03.jpg").write_bytes((images / "03.jpg").read_bytes()[:2000])
-    elif kind == "empty captions":
-        captions.write_text("", encoding="utf-8")
-    elif kind == "header only":
-        captions.write_text("image,caption\n", encoding="utf-8")
-    elif kind == "wrong columns":
-        captions.write_text("picture,text\n03.jpg,A dog\n", encoding="utf-8")
-    elif kind == "endless caption":
-        append(captions, "03.jpg," + "word " * 10_000)
-    elif kind == "no caption":
-        append(captions, "20.jpg,")
-    elif kind == "one image":
-        captions.write_text("image,caption\n03.jpg,A dog\n", encoding="utf-8")
-    elif kind == "outside":
-        append(captions, "../../secret.jpg,A dog")
-    elif kind == "large batch":
-        return {"batch_size": 17}
-    elif kind == "run is a file":
-        Path("run").write_text("", encoding="utf-8")
-    elif kind == "cache is a file":
-        Path("cache").write_text("", encoding="utf-8")
-    elif kind == "no such model":
-        return {"model_name": "resnet9000"}
-    return {}
-
-
-def append(path, line):
-    path.write_text(path.read_text(encoding="utf-8") + line + "\n", encoding="utf-8")
+@pytest.mark.usefixtures("no_plots")
+def test_local_folders_of_pretrained_encoders_are_used(tiny_config, tmp_path):
+    config = pretrained_config(tiny_config, tmp_path)
+    model = main.build_model(config, [], torch.device("cpu"))
+    for encoder, folder in ((model.text_encoder, "bert"), (model.image_encoder, "resnet")):
+        stored = load_file(tmp_path / folder / "model.safetensors")
+        own = encoder.backbone.state_dict()
+        assert set(own) <= set(stored)
+        assert all(torch.equal(own[name], stored[name]) for name in own)
+    assert model.max_length == 32
+    assert model.image_encoder.mean.flatten().tolist() == pytest.approx([0.5, 0.4, 0.3])
+    results = main.train(config)
+    assert results["split"] == "test"
+    assert results["images"] == 10
+    loaded = clip.load_model(config.run)  # the folders are no longer needed
+    assert loaded.image_encoder.std.flatten().tolist() == pytest.approx([0.2, 0.3, 0.4])
 
 
 @pytest.mark.parametrize(
-    ("kind", "parts"),
+    ("changes", "message"),
     [
-        ("no image folder", ["image_path is", "Images", "--preset demo"]),
-        ("no captions file", ["captions_path is", "captions.txt", "--preset demo"]),
-        ("missing pictures", ["missing", "(and 2 more)"]),
-        ("unreadable picture", ["03.jpg cannot be read"]),
-        ("truncated jpeg", ["03.jpg cannot be read", "truncated"]),
-        ("empty captions", ["captions.txt is empty"]),
-        ("header only", ["captions.txt holds no captions"]),
-        ("wrong columns", ["picture", "`image` and `caption`"]),
-        ("endless caption", ["line 42", "10,000 words"]),
-        ("no caption", ["line 42", "'20.jpg' has no caption"]),
-        ("one image", ["1 training", "at least 2"]),
-        ("outside", ["'../../secret.jpg'", "inside the image folder"]),
-        ("large batch", ["batch_size is 17", "16 training images", "--batch_size 16"]),
-        ("run is a file", ["run is", "not a folder"]),
-        ("cache is a file", ["cache"]),
-        ("no such model", ["resnet9000"]),
+        ({"text_tokenizer": "nobody/nothing"}, "text_tokenizer is 'nobody/nothing'"),
+        ({"text_encoder_model": "nobody/nothing"}, "text_encoder_model is 'nobody/nothing'"),
+        ({"model_name": "resnet18"}, "model_name is 'resnet18'"),
     ],
 )
-def test_bad_input_gets_one_line_and_leaves_nothing(kind, parts, data_set, tiny_config, refused):
-    data = data_set(TWENTY)
-    changes = break_data(kind, data)
-    line = refused(main.main, flags(tiny_config(**data, **changes)))
-    assert [part for part in parts if part not in line] == [], line
-    assert not list(Path().rglob("*.tmp"))
-    assert not Path("run").is_dir()  # the run's folder comes when everything is known to be good
+def test_missing_network_is_one_line(tiny_config, tmp_path, refused, monkeypatch, changes, message):
+    monkeypatch.setattr("utils.pretrained.hub_is_reachable", lambda: False)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "empty"))
+    config = pretrained_config(tiny_config, tmp_path, **changes)
+    line = refused(main.main, flags(config))
+    assert message in line
+    assert "give a local folder" in line
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_bad_picture_found_late_gets_one_line_too(num_workers, data_set, tiny_config, refused):
-    data = data_set(TWENTY)
-    for file in Path(data["image_path"]).iterdir():
-        file.write_bytes(file.read_bytes()[:-300])
-    line = refused(main.main, flags(tiny_config(**data, cache_images=False, num_workers=num_workers)))
-    assert line.startswith("picture ")
-    assert "cannot be read" in line
+# ---- one step ---------------------------------------------------------------------------------------------------
 
 
-def test_resume_without_a_run_is_refused(refused):
-    assert "no run in runs/" in refused(main.main, ["--resume"])
-    Path("runs/x").mkdir(parents=True)
-    assert "holds no run to resume" in refused(main.main, ["--resume", "--run", "runs/x"])
-    assert [path.as_posix() for path in Path().rglob("*")] == ["runs", "runs/x"]
+def trace_step(config, monkeypatch, fit):
+    """The project functions that run in this process between the requests for the second and the third batch.
+
+    A set of (file, qualified name); comprehensions, generator expressions and lambdas count as part of the function
+    that contains them.
+    """
+    seen, make_loader = {("main.py", "train_one_epoch")}, main.make_loader
+
+    def profile(frame, event, _):
+        file, name = Path(frame.f_code.co_filename), frame.f_code.co_qualname
+        if (
+            event == "call"
+            and file.is_relative_to(ROOT)
+            and not file.is_relative_to(ROOT / "tests")
+            and name[-1] != ">"
+        ):
+            seen.add((file.relative_to(ROOT).as_posix(), name))
+
+    class MarkedLoader:
+        def __init__(self, loader):
+            self.loader = loader
+
+        def __iter__(self):
+            batches = iter(self.loader)
+            for number in range(1, 4):
+                sys.setprofile(profile if number == 2 else None)
+                yield next(batches)
+
+    monkeypatch.setattr(
+        main, "make_loader", lambda *arguments, **options: MarkedLoader(make_loader(*arguments, **options))
+    )
+    try:
+        fit(config)
+    finally:
+        sys.setprofile(None)
+    return sorted(seen)
 
 
-def test_resume_of_a_damaged_run_is_refused(trained_run, tmp_path, refused):
-    run = copy_run(trained_run, tmp_path / "copy")
-    argv = ["--resume", "--run", run, "--epochs", "3", "--cache_path", tmp_path / "cache"]
-    (run / "last.pt").write_bytes(b"no checkpoint")
-    assert "last.pt cannot be read as a checkpoint" in refused(main.main, argv)
-    (run / "config.json").write_text("{", encoding="utf-8")
-    assert "config.json cannot be read as JSON" in refused(main.main, argv)
+def demo_config(tiny_config, **changes):
+    """The demo on the small sample: three steps of 8 images with 5 captions each."""
+    own = {name: getattr(tiny_config(), name) for name in ("image_path", "captions_path", "cache_path", "run")}
+    return build_config({**PRESETS["demo"], **own, "sample_images": 0, "epochs": 1, "batch_size": 8,
+                         "device": "cpu", **changes})  # fmt: skip
 
 
-# ---- bad input: inference ---------------------------------------------------------------------------------------
+def test_one_step_of_the_demo_runs_few_functions(tiny_config, monkeypatch, fit):
+    found = trace_step(demo_config(tiny_config), monkeypatch, fit)
+    assert ("clip.py", "contrastive_loss") in found
+    assert len(found) <= 20 and len({file for file, _ in found}) <= 4, "\n".join(map(": ".join, found))
 
 
-@pytest.fixture
-def search(trained_run, refused):
-    """The line with which a search on the trained run is refused."""
-
-    def call(*argv, run=trained_run):
-        line = refused(inference.main, [*argv, "--run", run, "--device", "cpu", "--output", "out.png"])
-        assert not Path("out.png").exists()
-        return line
-
-    return call
-
-
-def test_search_refuses_impossible_questions(search):
-    for query in ("", "  "):
-        assert "the query is empty" in search(query)
-    assert "n is 11, with 10 pictures" in search("a red circle", "--n", "11")
-    assert "n is 0" in search("a red circle", "--n", "0")
-    assert "--n" in search("a red circle", "--n", "many")
-
-
-def test_search_refuses_an_impossible_gallery(search, tmp_path):
-    assert "images is nowhere, which is not a folder" in search("a dog", "--images", "nowhere")
-    Path("empty").mkdir()
-    assert "empty holds no pictures" in search("a dog", "--images", "empty")
-    Path("gallery").mkdir()
-    (tmp_path / "gallery" / "b.jpg").write_bytes(b"no picture")
-    assert "b.jpg cannot be read" in search("a dog", "--images", "gallery", "--n", "1")
-
-
-def test_search_refuses_a_folder_that_is_no_run(search, refused, tmp_path):
-    assert "no trained run" in refused(inference.main, ["a dog"])
-    assert "is not a trained run" in search("a dog", run=tmp_path)
-    assert "is not a trained run" in search("a dog", run=tmp_path / "nowhere")
-
-
-def test_search_refuses_a_damaged_model(search, trained_run, tmp_path):
-    run = copy_run(trained_run, tmp_path / "copy")
-    weights, description = run / "best" / "model.safetensors", run / "best" / "config.json"
-    state = load_file(weights)
-
-    save_file({name: tensor for name, tensor in state.items() if name != "logit_scale"}, weights)
-    assert "lacks tensor logit_scale" in search("a dog", run=run)
-    weights.write_bytes(pickle.dumps({"logit_scale": 1}))
-    assert "is not a safetensors file" in search("a dog", run=run)
-    weights.unlink()
-    assert "holds no model.safetensors" in search("a dog", run=run)
-    save_file(state, weights)
-
-    content = read_json(description)
-    del content["settings"]["projection_dim"]
-    settings.write_json(description, content)
-    assert "lacks settings.projection_dim" in search("a dog", run=run)
-    description.write_text("[", encoding="utf-8")
-    assert "cannot be read as JSON" in search("a dog", run=run)
-
-
-def test_evaluate_refuses_what_it_cannot_read(search, sample):
-    assert "--image_path and --captions_path" in search("--evaluate")
-    images = ["--evaluate", "--image_path", sample["image_path"], "--captions_path"]
-    assert "which does not exist" in search(*images, "nowhere.txt")
-    Path("c.txt").write_text("image,caption\nnowhere.jpg,A dog\n", encoding="utf-8")
-    assert "nowhere.jpg is missing" in search(*images, "c.txt")
+def test_one_step_with_data_loading_runs_few_functions(tiny_config, monkeypatch, fit):
+    """Without loader processes, the transforms and the collation of the batch run in this process too."""
+    found = trace_step(demo_config(tiny_config, num_workers=0), monkeypatch, fit)
+    assert ("dataset.py", "TrainingPairs.collate") in found
+    assert len(found) <= 30 and len({file for file, _ in found}) <= 6, "\n".join(map(": ".join, found))

@@ -1,0 +1,96 @@
+"""Joint training of CLIP and the GAN: `--gan joint`.
+
+With theta the parameters of CLIP, its temperature included, phi those of the generator G and psi those of the
+discriminator D, a step minimises three losses, each with respect to its own parameters:
+
+    theta:  CE(real pairs and [G_ema(z, c)] with their captions)           the contrastive loss, weighted
+    psi:    BCE(D(x, c), 1) + BCE(D([G(z, c)], c), 0) / 2 + BCE(D(x, c'), 0) / 2 + R1      x real, c' hard negatives
+    phi:    BCE(D(G(z, c), c), 1) + mu (1 - cos(f(G(z, c)), g(c)))         f, g: encoders of a frozen EMA copy of CLIP
+
+[.] stops the gradient. The gradients of each term:
+
+    term                          theta   phi     psi
+    CE of real pairs              yes     -       -
+    CE of generated pairs         yes     no      -      else CLIP and G could agree on patterns invisible to people
+    BCE of D, R1                  no      no      yes    else CLIP would learn to tell generated from real images
+    BCE of G                      no      yes     no     it passes through D
+    CLIP guidance of G            no      yes     -      it passes through the EMA copy of CLIP
+
+A sum CE + lambda BCE over separate parameters would couple nothing: no gradient of one loss reaches the parameters of
+the other, and Adam, which normalises gradients, cancels lambda. Here CLIP is trained on images of G, and G is trained
+to match captions according to CLIP. Only the ratio of the terms of phi matters: mu is chosen in each step such that, at
+the images, the gradient of the second is `gan_clip_weight` times as long as that of the first.
+"""
+
+from functools import partial
+
+import torch
+from timm.utils import ModelEmaV3
+
+from config import InputError
+from dataset import SIDED, TokenStore, pad_tokens
+from gan import GAN, GANAugmentation, clip_guidance
+from utils.device import autocast
+from utils.gan_checkpoint import load_checkpoint, save_generator
+from utils.gan_data import GANData
+from utils.gan_settings import gan_settings
+from utils.runs import relative_path
+
+CLIP_EMA_DECAY = 0.99  # per step, of the copy of CLIP that guides the generator
+
+
+class JointGAN(GANAugmentation):
+    """Generated pairs from the EMA of a generator that is trained along with CLIP."""
+
+    def __init__(self, config, pairs, model, device, amp_dtype):
+        super().__init__(config, pairs, model, device, amp_dtype)
+        folder = self.run / "gan"
+        if not (folder / "last.pt").exists():
+            raise InputError(f"{folder} contains no last.pt to continue the training of the GAN from: give --gan pairs")
+        if (gan_settings(folder) or {}).get("gan_subset"):
+            raise InputError(f"{folder} was trained on a subset of the images, which CLIP is not: give --gan pairs")
+        self.data = GANData(self.clip, pairs, config, SIDED, device)
+        self.gan = GAN(self.generator.architecture, self.data.embeddings, config.gan_lr, device, amp_dtype)
+        load_checkpoint(self.gan, folder)
+        optimizers = self.gan.generator_optimizer, self.gan.discriminator_optimizer
+        for optimizer, lr in zip(optimizers, (config.gan_lr, 2 * config.gan_lr), strict=True):
+            for group in optimizer.param_groups:  # the checkpoint holds the rates of the GAN's own training
+                group["lr"] = lr
+        self.generator = self.gan.ema
+        self.ema = ModelEmaV3(model, CLIP_EMA_DECAY, use_warmup=True, warmup_gamma=9, warmup_power=1.0)
+        self.clip_ema = self.ema.module.requires_grad_(False)
+        self.training_tokens = TokenStore(model.tokenizer, pairs.captions, model.max_length)
+
+    def train_step(self, model, image_ids, step, progress):
+        """Update the EMA of CLIP and, while generated pairs are in use, train the GAN on images of CLIP's last batch.
+
+        Before, CLIP cannot yet tell which images match a caption.
+        """
+        self.ema.update(model, step + 2)  # timm counts from 1 and only copies at 1
+        if not self.is_active(progress):
+            return
+        batch = self.data.batch(image_ids.to(self.device)[: self.config.gan_batch_size])
+        texts, weight = batch.mix(self.encode), self.config.gan_clip_weight
+        guidance = partial(clip_guidance, self.clip_ema, texts, weight, self.amp_dtype)
+        embeddings, mismatched = batch.mix(self.data.embed), self.data.embed(batch.hard_negatives)
+        self.gan.train_step(batch.real, embeddings, mismatched, guidance)
+
+    @torch.no_grad()
+    def encode(self, captions):
+        """(B, D) embeddings of training captions, given by their numbers (B,), by the EMA of CLIP."""
+        input_ids, mask = pad_tokens([self.training_tokens[caption] for caption in captions.tolist()], self.pad_id)
+        with autocast(self.device, self.amp_dtype):
+            return self.clip_ema.encode_text(input_ids.to(self.device), mask.to(self.device))
+
+    def end_epoch(self, folder):
+        """Save the generator in `folder`/gan; returns statistics of the epoch."""
+        save_generator(self.gan.ema, folder / "gan", conditioning_run=relative_path(self.clip_run, folder))
+        return super().end_epoch(folder)
+
+    def state_dict(self):
+        return {**super().state_dict(), "gan": self.gan.state_dict(), "clip_ema": self.clip_ema.state_dict()}
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.gan.load_state_dict(state["gan"])
+        self.clip_ema.load_state_dict(state["clip_ema"])

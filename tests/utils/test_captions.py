@@ -1,0 +1,160 @@
+"""Captions files of both formats, and lists of captions."""
+
+import re
+
+import numpy as np
+import pytest
+
+from config import InputError
+from dataset import make_pairs
+from utils.captions import find_captions_file, group_captions, read_caption_list, read_captions
+
+
+def write(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+    return path
+
+
+def rows(path):
+    return list(read_captions(path).itertuples(index=False, name=None))
+
+
+# ---- captions files ---------------------------------------------------------------------------------------------
+
+DOGS = [("a.jpg", "A dog , running ."), ("a.jpg", 'The "dog" runs'), ("b.jpg", "NA")]
+CSV = 'image,caption\na.jpg,"A dog , running ."\na.jpg,"The ""dog"" runs"\nb.jpg,NA\n'
+TOKEN = 'a.jpg#0\tA dog , running .\na.jpg#1\tThe "dog" runs\nb.jpg#0\tNA\n'
+
+
+@pytest.mark.parametrize("text", [CSV, TOKEN], ids=["csv", "token"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text,
+        lambda text: "\ufeff" + text,
+        lambda text: text.replace("\n", "\r\n"),
+        lambda text: "\ufeff" + text.replace("\n", "\r\n") + "\r\n \r\n",
+        lambda text: re.sub(r"(?<!\")\n", "  \n", text).replace(' ."', ' .  "'),
+        lambda text: "\n" + text.replace("b.jpg", "\nb.jpg"),
+        lambda text: text.rstrip("\n"),
+    ],
+    ids=["plain", "byte-order mark", "Windows", "both", "trailing blanks", "empty lines", "no final newline"],
+)
+def test_read_captions_of_files_from_any_system(tmp_path, text, change):
+    assert rows(write(tmp_path / "x.dat", change(text))) == DOGS
+
+
+def test_read_captions_returns_columns_image_and_caption(tmp_path):
+    frame = read_captions(write(tmp_path / "c.csv", CSV))
+    assert list(frame.columns) == ["image", "caption"]
+    assert len(frame) == 3
+
+
+def test_read_captions_of_a_csv_with_more_columns_in_another_order(tmp_path):
+    text = 'number,Caption,Image\n0,"A dog , running .",a.jpg\n1,The ""dog"" runs,a.jpg\n'
+    assert rows(write(tmp_path / "c.csv", text)) == [DOGS[0], ("a.jpg", 'The ""dog"" runs')]
+
+
+def test_read_captions_of_a_caption_with_a_newline_in_quotes(tmp_path):
+    assert rows(write(tmp_path / "c.csv", 'image,caption\na.jpg,"A dog\nruns"\n')) == [("a.jpg", "A dog runs")]
+
+
+@pytest.mark.parametrize("name", ["captions.txt", "captions.csv", "Flickr8k.token.txt"])
+def test_read_captions_finds_the_file_in_a_folder(tmp_path, name):
+    write(tmp_path / name, TOKEN)
+    assert rows(tmp_path) == rows(tmp_path / name) == DOGS
+    assert find_captions_file(tmp_path) == tmp_path / name
+
+
+def test_find_captions_file_explains_where_to_get_one(tmp_path):
+    for path, message in ((tmp_path, "a folder without captions.txt"), (tmp_path / "x.txt", "which does not exist")):
+        with pytest.raises(InputError, match=f"captions_path is .*{message}.*Kaggle.*--preset demo"):
+            find_captions_file(path)
+
+
+def test_read_captions_skips_the_missing_image_of_flickr8k(tmp_path):
+    missing = "".join(f"2258277193_586949ec62.jpg.1#{i}\tTwo people .\n" for i in range(5))
+    assert rows(write(tmp_path / "Flickr8k.token.txt", missing + TOKEN)) == DOGS
+
+
+def test_read_captions_skips_a_blank_caption_beside_others(tmp_path):
+    assert rows(write(tmp_path / "c.csv", CSV + 'a.jpg,\nb.jpg," "\n')) == DOGS
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is empty"),
+        (" \n\n", "is empty"),
+        ("image,caption\n", "holds no captions"),
+        (b"image,caption\na.jpg,\xff\xfe\n", "cannot be read as UTF-8"),
+        ("picture;text\na.jpg;dog\n", r"starts with \['picture;text'\].*`image` and `caption`"),
+        ("x" * 200_000, "starts with"),
+        ("image,caption\na.jpg,A dog, running\n", "line 2: 3 columns instead of 2.*quotes"),
+        ("image,caption\na.jpg\n", "line 2: 1 columns instead of 2"),
+        ('image,caption\na.jpg,"A dog\nb.jpg,A cat\n', "line 3 cannot be read as CSV"),
+        ("a.jpg#0\tA dog\nb.jpg#0 A cat\n", "line 2: no tab"),
+        ("image,caption\na.jpg,A dog\nb.jpg,\nc.jpg,\n", r"line 3: image 'b.jpg' has no caption \(1 more"),
+        ("image,caption\na.jpg," + "word " * 10_000, "line 2: a caption of 10,000 words .at most 1,000"),
+        ("image,caption\n,A dog\n", "line 2: the image name ''"),
+    ],
+)
+def test_read_captions_names_what_is_wrong(tmp_path, content, message):
+    path = write(tmp_path / "captions.txt", content)
+    with pytest.raises(InputError, match=message) as error:
+        read_captions(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["../x.jpg", "/x.jpg", "a/../../x.jpg", r"..\x.jpg", r"C:\x.jpg", "C:x.jpg", r"\\s\x.jpg"]
+)
+def test_read_captions_refuses_an_image_name_outside_the_folder(tmp_path, name):
+    with pytest.raises(InputError, match="does not lie inside the image folder"):
+        read_captions(write(tmp_path / "captions.txt", f"image,caption\n{name},A dog\n"))
+
+
+def test_image_names_may_contain_folders_dots_and_spaces(tmp_path):
+    text = "image,caption\nsub/my dog..jpg,A dog\n"
+    assert rows(write(tmp_path / "captions.txt", text)) == [("sub/my dog..jpg", "A dog")]
+    assert rows(write(tmp_path / "c.txt", "my photo.jpg#0\ta dog\n")) == [("my photo.jpg", "a dog")]
+
+
+# ---- lists of captions ------------------------------------------------------------------------------------------
+
+
+def test_read_caption_list_with_and_without_groups(tmp_path):
+    path = write(tmp_path / "c.txt", "A dog .\n\ng1\tA cat .\ng1\t A cat sits .\nA dog .\ng2\tA cat .\n")
+    captions, groups = read_caption_list(path)
+    assert captions == ["A dog .", "A cat .", "A cat sits ."]
+    assert groups == ["A dog .", "g1", "g1"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "gan_captions is .*, which is not a file"),
+        ("", "holds 0 captions: give at least 2"),
+        ("A dog .\nA dog .\n", "holds 1 captions"),
+        (CSV, "a captions file with images"),
+        (TOKEN, "a captions file with images"),
+        (b"\xff\xfe\x00", "cannot be read as UTF-8"),
+    ],
+)
+def test_read_caption_list_refuses(tmp_path, content, message):
+    if content is not None:
+        write(tmp_path / "c.txt", content)
+    with pytest.raises(InputError, match=message):
+        read_caption_list(tmp_path / "c.txt")
+
+
+def test_group_captions_gives_groups_of_training_captions_their_image():
+    pairs = make_pairs({"a.jpg": ["A dog .", "The dog runs ."], "b.jpg": ["A cat ."]}, "images")
+    captions = ["A cat .", "A cat sits .", "A bird .", "A bird flies .", "The dog runs .", "A fish ."]
+    groups = ["g1", "g1", "g2", "g2", "g3", "g4"]
+    found = group_captions(captions, groups, pairs)
+    assert found[:2] == [1, 1]  # image b
+    assert found[4] == 0  # image a
+    assert found[2] == found[3] < 0 and found[5] < 0 and found[5] != found[2]
+    assert np.unique(found).size == 4

@@ -1,0 +1,286 @@
+"""Checkpoints: a run that is killed, stopped or cut short resumes exactly."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, flags, read_json_lines, start_python, tiny_settings
+from safetensors.torch import load_file
+
+import main
+import utils.checkpoint
+from config import Config, DivergenceError, InputError
+from utils.checkpoint import read_checkpoint, save_checkpoint
+
+TIMING = ("seconds", "images_per_second", "data_time_share")
+
+# All that could make a resume inexact: dropout, crops, jitter, two captions per image, micro-batches, EMA, BatchNorm,
+# the cosine schedule. 9 steps per epoch.
+EXACT = {
+    "epochs": 3,
+    "captions_per_image": 2,
+    "micro_batch_size": 5,
+    "ema_decay": 0.9,
+    "scheduler": "cosine",
+    "warmup_steps": 3,
+    "save_every_minutes": 0.0,
+}
+
+pytestmark = pytest.mark.usefixtures("no_plots")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, sample):
+    """The folder of an uninterrupted run with the settings EXACT."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    config = Config(**tiny_settings(folder, **sample, **EXACT))
+    main.train(config)
+    return config.run
+
+
+def outcome(folder):
+    """All that a run writes except its plots and timings, {name: tensor or text}."""
+    folder = Path(folder)
+    checkpoint = torch.load(folder / "last.pt", weights_only=True)
+    lines = read_json_lines(folder / "metrics.jsonl")
+    assert [line["epoch"] for line in lines] == list(range(1, len(lines) + 1))
+    lines = [{name: value for name, value in line.items() if name not in TIMING} for line in lines]
+    found = {"metrics": json.dumps(lines), "results": (folder / "results.json").read_text(encoding="utf-8")}
+    found |= {f"best {name}": tensor for name, tensor in load_file(folder / "best" / "model.safetensors").items()}
+    for part in ("model", "ema"):
+        found |= {f"{part} {name}": tensor for name, tensor in checkpoint[part].items()}
+    for number, state in checkpoint["optimizer"]["state"].items():
+        found |= {f"optimizer {number} {name}": value for name, value in state.items()}
+    positions = ("scheduler", "scaler", "epoch", "batch", "step", "best_rsum", "loss_sum")
+    return {**found, **{name: str(checkpoint[name]) for name in positions}}
+
+
+def assert_identical(folder, expected_folder):
+    found, expected = outcome(folder), outcome(expected_folder)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        same = torch.equal(found[name], value) if isinstance(value, torch.Tensor) else found[name] == value
+        assert same, name
+
+
+# ---- exact resume -----------------------------------------------------------------------------------------------
+
+
+def wait_for_checkpoints(process, path, number):
+    """Wait until the process has written `path` that many times."""
+    seen, last = 0, path.stat().st_mtime_ns if path.exists() else 0
+    while seen < number:
+        assert process.poll() is None, "the process ended before it was killed"
+        time.sleep(0.001)
+        now = path.stat().st_mtime_ns if path.exists() else 0
+        seen, last = seen + (now != last), now
+
+
+def test_run_killed_several_times_equals_the_uninterrupted_one(tiny_config, uninterrupted, tmp_path):
+    """SIGKILL to a real process, at random moments of the 27 steps."""
+    config, output, random = tiny_config(**EXACT, num_workers=1), tmp_path / "output.txt", np.random.default_rng()
+    words = [ROOT / "main.py", *flags(config)]
+    for _ in range(3):
+        process = start_python(*words, output=output)
+        wait_for_checkpoints(process, Path(config.run) / "last.pt", random.integers(1, 7))
+        time.sleep(random.uniform(0, 0.02))  # in the middle of a step, or of the next checkpoint
+        process.kill()
+        assert process.wait() != 0
+        assert not (Path(config.run) / "results.json").exists()
+        words = [ROOT / "main.py", "--resume", "--run", config.run]
+    assert start_python(*words, output=output).wait() == 0, output.read_text(encoding="utf-8")
+    assert output.read_text(encoding="utf-8").count("resuming") == 3
+    assert_identical(config.run, uninterrupted)
+
+
+class PowerCut(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    "moment", ["first step", "mid-epoch", "last step of an epoch", "best saved", "checkpoint", "history"]
+)
+def test_run_cut_short_anywhere_resumes_exactly(tiny_config, uninterrupted, monkeypatch, moment):
+    config = tiny_config(**EXACT)
+
+    def cut_after(owner, name, number):
+        function, calls = getattr(owner, name), []
+
+        def cut(*arguments):
+            result = function(*arguments)
+            calls.append(0)
+            if len(calls) == number:
+                raise PowerCut
+            return result
+
+        monkeypatch.setattr(owner, name, cut)
+
+    if moment == "best saved":  # the best model is ahead of the checkpoint
+        cut_after(main, "save_model", 1)
+    elif moment == "checkpoint":  # written, but not yet renamed
+        cut_after(torch, "save", 7)
+    elif moment == "history":  # the checkpoint of the first epoch is complete
+        cut_after(utils.checkpoint, "write_history", 10)
+    else:  # called once per step, after the optimizer
+        cut_after(main.CLIP, "clamp_temperature", {"first step": 1, "mid-epoch": 5, "last step of an epoch": 9}[moment])
+    with pytest.raises(PowerCut):
+        main.train(config)
+    monkeypatch.undo()
+    monkeypatch.setattr(main, "plot_curves", lambda *_: None)
+    monkeypatch.setattr(main, "plot_matches", lambda *_: None)
+    main.main(["--resume", "--run", config.run])
+    assert_identical(config.run, uninterrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "terminated"])
+def test_stopped_run_says_how_to_continue_and_does(tiny_config, uninterrupted, monkeypatch, capsys, number):
+    config = tiny_config(**{**EXACT, "save_every_minutes": 10.0})
+    clamp_temperature, calls = main.CLIP.clamp_temperature, []
+
+    def interrupted(model):
+        calls.append(0)
+        if len(calls) == 12:
+            signal.raise_signal(number)
+        clamp_temperature(model)
+
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit:
+        patch.setattr(main.CLIP, "clamp_temperature", interrupted)
+        main.train(config)
+    assert exit.value.code == 130
+    assert f"stopped; to continue: python main.py --resume --run {config.run}" in capsys.readouterr().out
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    assert torch.load(Path(config.run) / "last.pt", weights_only=True)["step"] == 12  # the step was completed
+    main.main(["--resume", "--run", config.run, "--save_every_minutes", "0", "--num_workers", "1"])
+    assert "at epoch 2, batch 3" in capsys.readouterr().out
+    assert_identical(config.run, uninterrupted)
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="Windows has no process groups")
+def test_terminated_process_group_leaves_a_checkpoint(tiny_config, tmp_path):
+    config, output = tiny_config(**{**EXACT, "epochs": 1000}, num_workers=2), tmp_path / "output.txt"
+    process = start_python(ROOT / "main.py", *flags(config), output=output, start_new_session=True)
+    wait_for_checkpoints(process, Path(config.run) / "last.pt", 3)
+    os.killpg(process.pid, signal.SIGTERM)  # the loader processes too, as batch systems do
+    assert process.wait(timeout=60) == 130, output.read_text(encoding="utf-8")
+    text = output.read_text(encoding="utf-8")
+    assert f"stopped; to continue: python main.py --resume --run {config.run}" in text
+    assert "Traceback" not in text
+
+
+def test_run_stopped_before_its_first_step_says_so(tiny_config, monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main, "open_images", stop)
+    with pytest.raises(SystemExit) as exit:
+        main.main(flags(tiny_config()))
+    assert exit.value.code == 130
+    assert "stopped; before the first step" in capsys.readouterr().out
+
+
+def test_runs_with_another_seed_differ(tiny_config, uninterrupted):
+    config = tiny_config(**EXACT, seed=7)
+    main.train(config)
+    with pytest.raises(AssertionError):
+        assert_identical(config.run, uninterrupted)
+
+
+def test_finished_run_resumes_to_its_results(tiny_config, capsys):
+    config = tiny_config(epochs=1)
+    results = main.train(config)
+    assert main.train(config) == results
+    assert "resuming" not in capsys.readouterr().out
+    longer = dataclasses.replace(config, epochs=2)
+    main.train(longer)
+    assert len(read_json_lines(Path(config.run) / "metrics.jsonl")) == 2
+
+
+def test_resume_trains_the_remaining_epochs(trained_run, tmp_path, capsys):
+    run = shutil.copytree(trained_run, tmp_path / "copy")
+    main.main(["--resume", "--run", str(run), "--epochs", "3", "--cache_path", str(tmp_path / "cache")])
+    old, new = read_json_lines(trained_run / "metrics.jsonl"), read_json_lines(run / "metrics.jsonl")
+    assert new[:2] == old
+    assert [line["steps"] for line in new] == [15, 30, 45]
+    assert "at epoch 3, batch 0" in capsys.readouterr().out
+
+
+def test_temporary_file_of_a_killed_run_is_removed(trained_run, tmp_path):
+    run = Path(shutil.copytree(trained_run, tmp_path / "copy"))
+    for name in (".last.pt.x1y2z3.tmp", ".metrics.jsonl.x1y2z3.tmp"):  # as `atomic_write` names them
+        (run / name).write_bytes(b"half of a checkpoint")
+    main.main(["--resume", "--run", str(run), "--epochs", "3", "--cache_path", str(tmp_path / "cache")])
+    assert not list(run.glob(".*.tmp"))
+
+
+# ---- what a checkpoint holds ------------------------------------------------------------------------------------
+
+
+def test_checkpoint_names_its_parts(uninterrupted, trained_run):
+    positions = {"epoch", "batch", "step", "best_rsum", "history", "loss_sum"}
+    checkpoint = torch.load(Path(uninterrupted) / "last.pt", weights_only=True)
+    assert checkpoint.keys() == positions | {"model", "ema", "optimizer", "scheduler", "scaler"}
+    assert (checkpoint["epoch"], checkpoint["batch"], checkpoint["step"]) == (3, 0, 27)
+    checkpoint = torch.load(trained_run / "last.pt", weights_only=True)
+    assert checkpoint.keys() == positions | {"model", "optimizer", "scheduler", "scaler"}
+
+
+def test_save_checkpoint_refuses_a_diverged_state(tiny_config, fit):
+    config = tiny_config(epochs=1, captions_per_image=5)
+    state, _ = fit(config)
+    before = (Path(config.run) / "last.pt").read_bytes()
+    state.loss_sum.fill_(float("nan"))
+    with pytest.raises(DivergenceError, match="the loss is nan at step 3"):
+        save_checkpoint(state, config.run)
+    assert (Path(config.run) / "last.pt").read_bytes() == before
+
+
+# ---- refused checkpoints ----------------------------------------------------------------------------------------
+
+
+def test_damaged_checkpoint_is_refused(trained_run, tmp_path, refused):
+    run = shutil.copytree(trained_run, tmp_path / "copy")
+    argv = ["--resume", "--run", run, "--epochs", "3", "--cache_path", tmp_path / "cache"]
+    for content in (b"", b"no zip", (trained_run / "last.pt").read_bytes()[:-100]):
+        (run / "last.pt").write_bytes(content)
+        assert "last.pt cannot be read as a checkpoint of this run" in refused(main.main, argv)
+    for content in ({"model": {}}, [1, 2], torch.zeros(3)):
+        torch.save(content, run / "last.pt")
+        assert "last.pt cannot be read as a checkpoint of this run" in refused(main.main, argv)
+
+
+def test_checkpoint_of_an_earlier_version_is_refused_with_one_line(uninterrupted, tmp_path, refused):
+    run = shutil.copytree(uninterrupted, tmp_path / "copy")
+    checkpoint = torch.load(run / "last.pt", weights_only=True)
+    checkpoint["average"], checkpoint["generated"] = checkpoint.pop("ema"), None
+    torch.save(checkpoint, run / "last.pt")
+    line = refused(main.main, ["--resume", "--run", run, "--epochs", "4", "--cache_path", tmp_path / "cache"])
+    assert "last.pt cannot be read as a checkpoint of this run and version ('ema')" in line
+
+
+def test_checkpoint_of_another_model_is_refused(trained_run, tmp_path, refused, tiny_config):
+    config = tiny_config(projection_dim=16, epochs=3)
+    Path(config.run).mkdir()
+    (Path(config.run) / "config.json").write_text(json.dumps(vars(config)), encoding="utf-8")
+    shutil.copy(trained_run / "last.pt", config.run)
+    assert "last.pt cannot be read as a checkpoint" in refused(main.main, ["--resume", "--run", config.run])
+
+
+class Explosive:
+    def __reduce__(self):
+        return (open, ("opened", "w"))
+
+
+def test_read_checkpoint_runs_no_code(tmp_path):
+    torch.save({"model": Explosive()}, tmp_path / "last.pt")
+    with pytest.raises(InputError, match=r"last\.pt cannot be read as a checkpoint") as error:
+        read_checkpoint(tmp_path / "last.pt", "a checkpoint")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "opened").exists()

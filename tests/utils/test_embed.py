@@ -1,0 +1,80 @@
+"""Running an encoder over many images or captions."""
+
+import pytest
+import torch
+
+from dataset import load_splits, open_images
+from utils import embed
+from utils.embed import CaptionDataset, embed_captions, embed_split, encode_dataset, own_share, precompute_features
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_encode_dataset_concatenates_the_batches(batch_size):
+    rows = torch.randn(10, 4)
+    state = torch.get_rng_state()
+    found = encode_dataset(lambda x: 2 * x, rows, CPU, batch_size=batch_size)
+    assert torch.equal(found, 2 * rows)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_encode_dataset_returns_float32_without_gradient():
+    layer = torch.nn.Linear(4, 2)
+    found = encode_dataset(layer, torch.randn(10, 4), CPU, torch.bfloat16)
+    assert found.dtype == torch.float32 and not found.requires_grad
+
+
+def test_encode_dataset_passes_a_tuple_as_arguments():
+    pairs = torch.utils.data.TensorDataset(torch.arange(5.0), torch.arange(5.0) ** 2)
+    found = encode_dataset(torch.add, pairs, CPU, batch_size=2, collate_fn=lambda items: tuple(
+        torch.stack(column) for column in zip(*items, strict=True)
+    ))  # fmt: skip
+    assert torch.equal(found, torch.arange(5.0) + torch.arange(5.0) ** 2)
+
+
+def test_embed_captions_equals_encoding_one_by_one(tiny_model):
+    model = tiny_model()
+    captions = ["a star", "A blue star is left of a red circle on sand .", "word " * 100, "zebra"]
+    found = embed_captions(model, captions, batch_size=3)
+    for caption, embedding in zip(captions, found, strict=True):
+        tokens = model.tokenizer([caption], truncation=True, max_length=32, return_tensors="pt")
+        with torch.no_grad():
+            expected = model.encode_text(tokens["input_ids"], tokens["attention_mask"])[0]
+        assert torch.allclose(embedding, expected, atol=1e-6)
+
+
+def test_caption_dataset_truncates_and_pads(tiny_model):
+    dataset = CaptionDataset(["a star", "word " * 100], tiny_model().tokenizer, 7)
+    input_ids, attention_mask = dataset.collate([dataset[0], dataset[1]])
+    assert len(dataset) == 2
+    assert input_ids.shape == attention_mask.shape == (2, 7)
+    assert attention_mask.sum(1).tolist() == [4, 7]
+
+
+def test_embed_split_equals_the_encoders_and_uses_precomputed_features(tiny_config, tiny_model):
+    config, model = tiny_config(batch_size=3), tiny_model()
+    splits = load_splits(config)
+    open_images(splits, config)
+    pairs = splits["validation"]
+    images, texts = embed_split(model, pairs, None, config)
+    assert (len(images), len(texts)) == (8, 40)
+    assert torch.allclose(texts, embed_captions(model, pairs.captions), atol=1e-6)
+    frozen = tiny_config(batch_size=3, pretrained_image_encoder=True, trainable_image_encoder=False)
+    precompute_features(model, splits, None, frozen)
+    assert pairs.text_features is None
+    assert torch.allclose(model.project_image(pairs.image_features), images, atol=1e-6)
+    assert splits["train"].image_features.shape == (24, model.image_encoder.width)
+    pairs.images = None  # no longer needed
+    assert torch.allclose(embed_split(model, pairs, None, frozen)[0], images, atol=1e-6)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_own_shares_cover_everything_once(monkeypatch, world_size):
+    for number in (7, 8, 100):
+        shares = []
+        for rank in range(world_size):
+            monkeypatch.setattr(embed, "rank_and_world_size", lambda rank=rank: (rank, world_size))
+            shares.append(own_share(number))
+        assert [item for share in shares for item in share] == list(range(number))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1

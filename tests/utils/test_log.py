@@ -1,0 +1,35 @@
+"""What a training run prints and records."""
+
+import pytest
+import torch
+
+from config import DivergenceError
+from utils.log import check_finite, describe_generated, describe_model
+
+
+def test_check_finite_raises_a_divergence_error():
+    check_finite(torch.tensor(1.0), 7)
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(DivergenceError, match=rf"the loss is {value} at step 7: lower the learning rates"):
+            check_finite(torch.tensor(value), 7)
+
+
+def test_describe_model_counts_trained_parameters(tiny_model):
+    model = tiny_model()
+    device, line = describe_model(model.config, model, None).splitlines()
+    assert device == "device: cpu, float32"
+    total = sum(p.numel() for p in model.parameters()) / 1e6
+    assert line == f"model: test_resnet and distilbert-base-uncased, {total:.1f} M parameters"
+    model.requires_grad_(False)
+    device, line = describe_model(model.config, model, torch.bfloat16).splitlines()
+    assert device == "device: cpu, mixed precision (bfloat16)"
+    assert line.endswith(" M parameters (0.0 M trained)")
+
+
+def test_describe_generated_reports_what_the_filter_dropped():
+    assert describe_generated({}) == describe_generated({"generated": 0, "dropped_by_filter": 0}) == ""
+    assert describe_generated({"generated": 8, "dropped_by_filter": 3}).endswith(
+        "8 images generated, 3 dropped by the CLIP filter"
+    )
+    text = describe_generated({"generated": 8, "dropped_by_filter": 8})
+    assert "dropped all 8 generated images" in text and "--gan_filter_top_k" in text

@@ -1,0 +1,150 @@
+"""Reading captions files and lists of captions."""
+
+import csv
+import io
+import re
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import pandas as pd
+
+from config import InputError
+from utils.files import read_lines, read_text
+
+CAPTION_FILES = ("captions.txt", "captions.csv", "Flickr8k.token.txt")
+MISSING_IMAGES = {"2258277193_586949ec62.jpg.1"}  # in Flickr8k.token.txt with five captions, in no archive
+MAX_WORDS = 1000  # a longer "caption" comes from an unclosed quote
+FLICKR8K_HELP = (
+    "Flickr8k is available on Kaggle (search for 'flickr 8k dataset'): unpack it and give "
+    "--image_path .../Images --captions_path .../captions.txt. "
+    "To try the program without it: python main.py --preset demo"
+)
+
+
+def find_captions_file(path):
+    """The captions file at `path`, which may be the file itself or the folder that contains it."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        for name in CAPTION_FILES:
+            if (path / name).is_file():
+                return path / name
+        raise InputError(f"captions_path is {path}, a folder without {', '.join(CAPTION_FILES)}. {FLICKR8K_HELP}")
+    raise InputError(f"captions_path is {path}, which does not exist. {FLICKR8K_HELP}")
+
+
+def read_captions(path):
+    """The captions as a DataFrame with the columns `image` and `caption`, one row per pair.
+
+    Supported formats, recognised by the first line: a CSV with a header that contains `image` and `caption` (Kaggle's
+    captions.txt), and lines of `name.jpg#0<TAB>caption` (the original Flickr8k.token.txt). Raises InputError.
+    """
+    path = find_captions_file(path)
+    text = read_text(path)
+    if not text.strip():
+        raise InputError(f"{path} is empty: it should hold `image,caption` lines")
+    first_line = text.lstrip()[:1000].splitlines()[0]
+    header = next(csv.reader([first_line]))
+    columns = [name.strip().lower() for name in header]
+    if "image" in columns and "caption" in columns:
+        rows = read_csv_rows(path, text, columns)
+    elif re.match(r"[^\t]+#\d+\t", first_line):
+        rows = read_token_rows(path, text)
+    else:
+        raise InputError(
+            f"{path} starts with {header[:4]}: it should start with a header that contains `image` and `caption`, or "
+            "hold lines of `name.jpg#0<TAB>caption`"
+        )
+    frame = pd.DataFrame(check_rows(path, rows), columns=["image", "caption"])
+    if frame.empty:
+        raise InputError(f"{path} holds no captions")
+    return frame
+
+
+def read_csv_rows(path, text, columns):
+    """Yield (line number, image, caption).
+
+    Not with `pd.read_csv`: it fills short rows, takes the columns of long ones for an index, and loses the line
+    numbers of the messages.
+    """
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
+    try:
+        rows = (row for row in reader if "".join(row).strip())
+        next(rows)  # the header
+        for row in rows:
+            if len(row) != len(columns):
+                raise InputError(
+                    f"{path} line {reader.line_num}: {len(row)} columns instead of {len(columns)}; "
+                    "a caption with a comma needs quotes around it"
+                )
+            yield reader.line_num, row[columns.index("image")], row[columns.index("caption")]
+    except csv.Error as error:
+        raise InputError(f"{path} line {reader.line_num} cannot be read as CSV ({error})") from None
+
+
+def read_token_rows(path, text):
+    for number, line in enumerate(io.StringIO(text), 1):
+        if line.strip():
+            name, tab, caption = line.partition("\t")
+            if not tab:
+                raise InputError(f"{path} line {number}: no tab between the image name and the caption")
+            yield number, name.rsplit("#", 1)[0], caption
+
+
+def check_rows(path, rows):
+    """Stripped (image, caption) pairs without blank captions and missing images of Flickr8k; raises InputError."""
+    pairs, blank = [], {}
+    for number, image, caption in rows:
+        image, caption = image.strip(), " ".join(caption.split())
+        if image in MISSING_IMAGES:
+            continue
+        if is_outside(image):
+            raise InputError(f"{path} line {number}: the image name {image!r} does not lie inside the image folder")
+        if not caption:
+            blank.setdefault(image, number)
+            continue
+        if caption.count(" ") >= MAX_WORDS:
+            raise InputError(
+                f"{path} line {number}: a caption of {caption.count(' ') + 1:,} words (at most {MAX_WORDS:,}); "
+                "is there an unclosed quote?"
+            )
+        pairs.append((image, caption))
+    without = sorted(set(blank) - {image for image, _ in pairs})
+    if without:
+        more = f" ({len(without) - 1} more images have none)" if len(without) > 1 else ""
+        raise InputError(f"{path} line {blank[without[0]]}: image {without[0]!r} has no caption{more}")
+    return pairs
+
+
+def is_outside(name):
+    """True if an image name is empty, absolute, or leaves its folder, on any operating system."""
+    windows = PureWindowsPath(name)
+    return not name or bool(windows.drive or windows.root) or ".." in windows.parts or PurePosixPath(name).is_absolute()
+
+
+def read_caption_list(path):
+    """The different captions of a text file and the group of each, two lists; raises InputError.
+
+    A line is a caption, or a group name, a tab and a caption: the captions of a group have the same meaning. A
+    caption without a group is a group of its own.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"gan_captions is {path}, which is not a file: give a text file with one caption a line")
+    found, lines = {}, read_lines(path)
+    first = lines[0].lower() if lines else ""
+    if first in ("image,caption", "image\tcaption") or re.match(r"[^\t]+\.\w+#\d+\t", first):
+        raise InputError(f"gan_captions is {path}, a captions file with images: give a file with one caption a line")
+    for line in lines:
+        group, tab, caption = line.partition("\t")
+        found.setdefault(caption.strip() if tab else line, group if tab else line)
+    if len(found) < 2:
+        raise InputError(f"{path} holds {len(found)} captions: give at least 2, one a line")
+    return list(found), list(found.values())
+
+
+def group_captions(captions, groups, pairs):
+    """For each caption the id of its group: the training image that has one of its captions, else negative."""
+    known = dict(zip(pairs.captions, pairs.image_index.tolist(), strict=True))
+    numbers = {group: -1 - number for number, group in enumerate(dict.fromkeys(groups))}
+    numbers |= {group: known[caption] for caption, group in zip(captions, groups, strict=True) if caption in known}
+    return [known.get(caption, numbers[group]) for caption, group in zip(captions, groups, strict=True)]

@@ -1,0 +1,82 @@
+"""What `--gan pairs` generates: the choice of captions, and the CLIP filter for the images.
+
+Shapes: B images, T captions, R distractors, D width of CLIP's shared space.
+"""
+
+import torch
+
+from config import InputError
+from utils.captions import group_captions, read_caption_list
+from utils.device import autocast
+from utils.distributed import rank_and_world_size
+
+NUM_CAPTIONS = 100  # that are ranked for an image: its own and 99 distractors
+
+
+class CLIPFilter:
+    """Keeps generated images whose caption a trained CLIP ranks in the top k of it and its 99 hardest distractors.
+
+    Distractors are captions of other image ids. The hardest are those most similar to the caption: with any others,
+    images with the right colours alone would pass.
+
+    Args:
+        embeddings: (T, D) of the captions, which are also distractors of each other.
+        image_ids: (T,) their image ids.
+    """
+
+    def __init__(self, clip, embeddings, image_ids, top_k, amp_dtype):
+        self.clip, self.embeddings, self.image_ids = clip, embeddings, image_ids
+        self.top_k, self.amp_dtype = top_k, amp_dtype
+        self.distractors, self.distractor_ids = embeddings, image_ids  # (R, D), (R,)
+
+    def add_distractors(self, embeddings, image_ids):
+        self.distractors = torch.cat([self.distractors, embeddings])
+        self.distractor_ids = torch.cat([self.distractor_ids, image_ids])
+
+    @torch.no_grad()
+    def __call__(self, images, captions):
+        """(B,) booleans for images (B, 3, size, size) in [0, 1], generated for the captions with these numbers (B,)."""
+        with autocast(images.device, self.amp_dtype):
+            image_embeddings = self.clip.encode_image(images)
+        similarity = self.embeddings[captions] @ self.distractors.T  # (B, R)
+        similarity.masked_fill_(self.image_ids[captions][:, None] == self.distractor_ids, -2)
+        similarity, hardest = similarity.topk(min(NUM_CAPTIONS - 1, similarity.shape[1]))  # (B, 99)
+        scores = torch.einsum("bd,bkd->bk", image_embeddings, self.distractors[hardest])
+        own_scores = (image_embeddings * self.embeddings[captions]).sum(1, keepdim=True)
+        return ((scores >= own_scores) & (similarity > -2)).sum(1) < self.top_k
+
+
+def captions_to_generate(config, pairs, words, mentions):
+    """The captions to generate images for and their image ids, two lists; raises InputError for fewer than two.
+
+    Those of `config.gan_captions`, or the training captions `pairs`, that contain one of `words` (all, if there are
+    none). The id is the number of the training image that has a caption of the same group, or negative.
+    """
+    captions, image_ids = list(pairs.captions), pairs.image_index.tolist()
+    if config.gan_captions:
+        captions, groups = read_caption_list(config.gan_captions)
+        image_ids = group_captions(captions, groups, pairs)
+    kept = select_captions(captions, words, mentions)
+    return [captions[j] for j in kept], [image_ids[j] for j in kept]
+
+
+def select_captions(captions, words, mentions):
+    kept = [number for number, caption in enumerate(captions) if mentions(caption, words)]
+    if len(kept) < 2:
+        raise InputError(f"{len(kept)} captions contain a word of the GAN's subset ({words}): give other captions")
+    return kept
+
+
+def check_settings(config, mentions):
+    """Raise InputError for settings of generated pairs that cannot work, before anything is trained for them."""
+    images = config.batch_size // rank_and_world_size()[1]
+    if config.gan_ratio and round(config.gan_ratio * images) < 2:
+        raise InputError(
+            f"gan_ratio is {config.gan_ratio:g}, which adds fewer than two generated images to a process's batch of "
+            f"{images}: give a larger gan_ratio or batch_size, or --gan none"
+        )
+    if config.gan == "joint" and not config.gan_run and config.gan_subset:
+        raise InputError("gan_subset requires --gan pairs: in joint training CLIP and the GAN share the images")
+    if config.gan_captions:
+        words = "" if config.gan_run else config.gan_subset
+        select_captions(read_caption_list(config.gan_captions)[0], words, mentions)

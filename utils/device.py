@@ -1,0 +1,32 @@
+"""Device and mixed precision."""
+
+import contextlib
+
+import torch
+
+from config import InputError
+
+
+def setup_device(device="auto", precision="auto"):
+    """The torch device and the autocast dtype of the encoders (None: float32); raises InputError."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # depends on the build of torch
+        raise InputError(f"device {str(device)!r} is not available on this machine ({str(error)[:80]})") from None
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    if precision == "auto":
+        precision = "float32"
+        if device.type == "cuda":
+            precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if precision == "fp16" and device.type == "cpu":
+        raise InputError("precision is fp16, which is not supported on a CPU: give bf16 or float32")
+    return device, {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def autocast(device, amp_dtype):
+    """The context in which encoders run: mixed precision if `amp_dtype` is given, else float32."""
+    return torch.autocast(device.type, amp_dtype) if amp_dtype else contextlib.nullcontext()

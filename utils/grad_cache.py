@@ -1,0 +1,116 @@
+"""Gradient caching (Gao et al. 2021, arXiv:2101.06983): the gradient of a large batch in the memory of a small one."""
+
+import contextlib
+
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from utils.device import autocast
+
+
+def cached_backward(model, batches, generated, loss_function, amp_dtype, scaler):
+    """Add the gradient of the loss of all micro-batches together to the parameters; returns the loss.
+
+    The micro-batches are encoded twice: first without gradient, for the embeddings and the gradient of the loss with
+    respect to them; then with gradient, one at a time, to backpropagate it through the encoders. Dropout draws the
+    same masks both times. The result is the exact gradient of the batch, including that of the temperature, if an
+    embedding depends on its own sample alone. BatchNorm in training mode couples the samples of a micro-batch: then
+    it is the exact gradient of the loss with per-micro-batch statistics, and the running statistics move once per
+    step, by their mean over the micro-batches.
+
+    Args:
+        batches: micro-batches of real images. generated: of generated images, which leave the running statistics of
+            BatchNorm alone.
+        loss_function: (image_embeddings, text_embeddings) of all batches -> loss.
+    """
+    all_batches, device = [*batches, *generated], model.device
+    outputs, random_states = [], []
+    with frozen_batchnorm_stats(model), torch.no_grad():
+        for batch in all_batches:
+            random_states.append(get_random_state(device))
+            with autocast(device, amp_dtype):
+                outputs.append(model(batch))
+    image_embeddings, text_embeddings = (torch.cat(parts).requires_grad_() for parts in zip(*outputs, strict=True))
+    loss = loss_function(image_embeddings, text_embeddings)
+    scaler.scale(loss).backward()
+    image_grads = image_embeddings.grad.split([len(images) for images, _ in outputs])
+    text_grads = text_embeddings.grad.split([len(texts) for _, texts in outputs])
+    del outputs
+
+    def encode_and_backward(number):
+        set_random_state(random_states[number], device)
+        with autocast(device, amp_dtype):
+            embeddings = model(all_batches[number])
+        grads = image_grads[number], text_grads[number]
+        tensors = [(x, grad) for x, grad in zip(embeddings, grads, strict=True) if x.requires_grad]
+        torch.autograd.backward([x for x, _ in tensors], [grad for _, grad in tensors])
+
+    with averaged_batchnorm_stats(model) as next_micro_batch:
+        for number in range(len(batches)):
+            next_micro_batch()
+            encode_and_backward(number)
+    if generated:
+        with frozen_batchnorm_stats(model):
+            for number in range(len(batches), len(all_batches)):
+                encode_and_backward(number)
+    return loss.detach()
+
+
+def batchnorm_layers(model):
+    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+
+
+@contextlib.contextmanager
+def frozen_batchnorm_stats(model):
+    """Within the block BatchNorm normalises with batch statistics and leaves its running statistics alone."""
+    layers = batchnorm_layers(model)
+    before = [(layer.momentum, layer.num_batches_tracked.clone()) for layer in layers]
+    for layer in layers:
+        layer.momentum = 0.0
+    try:
+        yield
+    finally:
+        for layer, (momentum, count) in zip(layers, before, strict=True):
+            layer.momentum = momentum
+            layer.num_batches_tracked.copy_(count)
+
+
+@contextlib.contextmanager
+def averaged_batchnorm_stats(model):
+    """Over several micro-batches the running statistics move once, by the mean of the micro-batches' statistics.
+
+    Yields a function to call before each micro-batch.
+    """
+    layers = batchnorm_layers(model)
+    before = [
+        (m.momentum, m.running_mean.clone(), m.running_var.clone(), m.num_batches_tracked.clone()) for m in layers
+    ]
+    seen = 0
+
+    def next_micro_batch():
+        nonlocal seen
+        seen += 1
+        for layer in layers:
+            layer.momentum = 1 / seen  # the mean of those seen so far
+
+    try:
+        yield next_micro_batch
+    finally:
+        for layer, (momentum, mean, variance, count) in zip(layers, before, strict=True):
+            layer.momentum = momentum
+            layer.num_batches_tracked.copy_(count + 1)
+            layer.running_mean.copy_(torch.lerp(mean, layer.running_mean, momentum))
+            layer.running_var.copy_(torch.lerp(variance, layer.running_var, momentum))
+
+
+def get_random_state(device):
+    own = {"cuda": lambda: torch.cuda.get_rng_state(device), "mps": torch.mps.get_rng_state}
+    return torch.get_rng_state(), own[device.type]() if device.type in own else None
+
+
+def set_random_state(state, device):
+    torch.set_rng_state(state[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state[1], device)
+    elif device.type == "mps":
+        torch.mps.set_rng_state(state[1])

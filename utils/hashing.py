@@ -1,0 +1,46 @@
+"""Hashes that show when a file or a saved model has changed; no torch."""
+
+import contextlib
+import hashlib
+import os
+
+from config import InputError
+from utils.files import read_json, write_json
+from utils.runs import model_folder
+
+PREPROCESSING_VERSION = 2  # of how an image becomes the input of a model: a change makes all embeddings outdated
+
+
+def file_stat(file):
+    """A file's size in bytes and its time of modification in nanoseconds."""
+    status = os.stat(file)
+    return status.st_size, status.st_mtime_ns
+
+
+def file_hash(file):
+    """A hash of a file's content, 16 bytes."""
+    content_hash = hashlib.blake2b(digest_size=16)
+    with open(file, "rb") as content:
+        while part := content.read(1 << 20):
+            content_hash.update(part)
+    return content_hash.digest()
+
+
+def model_hash(run):
+    """A hash of all that determines the embeddings of a run's saved model: weights, settings, tokenizer; 32 hex digits.
+
+    The hash of the weights is cached beside them with their file stat, because reading them takes longer than a search.
+    """
+    folder = model_folder(run)
+    weights, cache = folder / "model.safetensors", folder / "weights_hash.json"
+    stat, cached = list(file_stat(weights)), {}
+    with contextlib.suppress(InputError):
+        cached = read_json(cache)
+    if cached.get("file_stat") != stat or not isinstance(cached.get("hash"), str):
+        cached = {"file_stat": stat, "hash": file_hash(weights).hex()}
+        with contextlib.suppress(OSError):  # a read-only folder: the weights are hashed again next time
+            write_json(cache, cached)
+    whole = hashlib.blake2b(f"{PREPROCESSING_VERSION} {cached['hash']}".encode(), digest_size=16)
+    for file in [folder / "config.json", *sorted((folder / "tokenizer").glob("*"))]:
+        whole.update(file.read_bytes())
+    return whole.hexdigest()

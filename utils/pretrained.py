@@ -1,0 +1,300 @@
+"""Pretrained encoders and tokenizers by name or folder: configs, and weights from disk or the Hugging Face hub."""
+
+import contextlib
+import pickle
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import timm
+import torch
+import transformers
+from huggingface_hub import constants, get_session
+from huggingface_hub.errors import HTTPError, StrictDataclassError
+from safetensors import SafetensorError
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from timm.layers import resample_abs_pos_embed
+
+from config import InputError
+from utils.files import read_json
+
+DISTILBERT = "distilbert-base-uncased"
+# The image encoders of Radford et al. 2021 (tables 19 and 20) in timm. The ResNets have the paper's three stem
+# convolutions, anti-aliased strides and attention pooling; the released ViTs were trained with QuickGELU.
+PAPER_IMAGE_ENCODERS = {
+    "RN50": "resnet50_clip",
+    "RN101": "resnet101_clip",
+    "RN50x4": "resnet50x4_clip",
+    "RN50x16": "resnet50x16_clip",
+    "RN50x64": "resnet50x64_clip",
+    "ViT-B/32": "vit_base_patch32_clip_quickgelu_224",
+    "ViT-B/16": "vit_base_patch16_clip_quickgelu_224",
+    "ViT-L/14": "vit_large_patch14_clip_quickgelu_224",
+}
+# The names of transformers' CLIP image encoder, replaced in this order by those of timm's ViT
+CLIP_VIT_NAMES = {
+    "embeddings.class_embedding": "cls_token",
+    "embeddings.patch_embedding": "patch_embed.proj",
+    "embeddings.position_embedding.weight": "pos_embed",
+    "pre_layrnorm": "norm_pre",  # the spelling in transformers
+    "post_layernorm": "norm",
+    "encoder.layers": "blocks",
+    "layer_norm": "norm",
+    "self_attn.out_proj": "attn.proj",
+}
+NO_IMAGE_WEIGHTS = "--no-pretrained_image_encoder"
+# What timm, transformers and huggingface_hub raise for missing, damaged or unsuitable files, or without a network
+LOAD_ERRORS = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ImportError),
+    *(SafetensorError, StrictDataclassError, HTTPError, pickle.UnpicklingError),
+)
+
+
+class PretrainedProjection(NamedTuple):
+    """The linear projection of a pretrained CLIP encoder, and the temperature if it is known."""
+
+    weight: torch.Tensor  # (D, F)
+    bias: torch.Tensor | None = None  # (D,)
+    logit_scale: float | None = None
+
+
+# ---- image encoders ---------------------------------------------------------------------------------------------
+
+
+def read_image_config(name):
+    """The arguments of `ImageEncoder` except the size, as a JSON-compatible dict; raises InputError.
+
+    `name` is one of PAPER_IMAGE_ENCODERS, a timm model, a folder in timm's layout, or the folder of a Hugging Face
+    CLIPModel whose image encoder is a ViT.
+    """
+    if read_folder_config(name).get("model_type") == "clip":
+        return read_clip_image_config(name)
+    _, architecture, details = resolve_timm_name(name)
+    return {
+        "architecture": architecture,
+        "mean": list(details.get("mean") or IMAGENET_DEFAULT_MEAN),
+        "std": list(details.get("std") or IMAGENET_DEFAULT_STD),
+    }
+
+
+def read_clip_image_config(folder):
+    """As `read_image_config`, for the folder of a CLIPModel: timm's ViT with the same dimensions."""
+    config = transformers.CLIPConfig.from_pretrained(folder).vision_config
+    if config.hidden_act not in ("quick_gelu", "gelu") or config.layer_norm_eps != 1e-5:
+        raise InputError(
+            f"model_name is {folder}, whose image encoder has activation {config.hidden_act} and layer_norm_eps "
+            f"{config.layer_norm_eps}: only quick_gelu or gelu with 1e-5 are supported"
+        )
+    preprocessing = Path(folder) / "preprocessor_config.json"
+    details = read_json(preprocessing) if preprocessing.is_file() else {}
+    return {
+        "architecture": PAPER_IMAGE_ENCODERS["ViT-B/32"],
+        "mean": list(details.get("image_mean") or OPENAI_CLIP_MEAN),
+        "std": list(details.get("image_std") or OPENAI_CLIP_STD),
+        "model_args": {
+            "patch_size": config.patch_size,
+            "embed_dim": config.hidden_size,
+            "depth": config.num_hidden_layers,
+            "num_heads": config.num_attention_heads,
+            "mlp_ratio": config.intermediate_size / config.hidden_size,
+            "act_layer": config.hidden_act,
+        },
+    }
+
+
+def read_folder_config(name):
+    """The config.json of a model's folder; {} if `name` is not a folder; raises InputError."""
+    try:
+        return read_json(Path(name) / "config.json") if Path(name).is_dir() else {}
+    except InputError as error:
+        raise InputError(f"model_name is {name}, a folder without a readable config.json ({error})") from None
+
+
+def resolve_timm_name(name):
+    """timm's own name or the folder, the architecture, and timm's description of the pretrained weights, a dict."""
+    name = f"{PAPER_IMAGE_ENCODERS[name]}.openai" if name in PAPER_IMAGE_ENCODERS else name
+    if Path(name).is_dir():
+        content = read_folder_config(name)
+        if "architecture" not in content:
+            raise InputError(f"model_name is the folder {name}, without a config.json of timm or of a CLIPModel")
+        architecture = content["architecture"]
+        details = {**content, **content.get("pretrained_cfg", {})}
+    else:
+        architecture = name.split(".")[0]
+        try:
+            found = timm.get_pretrained_cfg(name, allow_unregistered=True)
+        except RuntimeError:  # the model exists, but not the tag after the dot
+            known = ", ".join(timm.list_pretrained(f"{architecture}.*")) or architecture
+            raise InputError(f"model_name is {name!r}, of which timm knows only {known}") from None
+        details = found.to_dict() if found else {}
+    if details.get("tag") == "openai" and "quickgelu" not in architecture:
+        # timm also offers OpenAI's ViT weights in a model with the exact GELU; they were trained with QuickGELU.
+        architecture = architecture.replace("_clip_", "_clip_quickgelu_")
+    return name, architecture, details
+
+
+def load_image_weights(backbone, name, size):
+    """Load the pretrained weights of `name` into the timm model built for it; raises InputError.
+
+    Returns the `PretrainedProjection` if the weights are OpenAI's or come from a CLIPModel's folder, else None.
+    """
+    projection = None
+    if read_folder_config(name).get("model_type") == "clip":
+        model, missing = load_transformers_model(transformers.CLIPModel, name, "model_name", NO_IMAGE_WEIGHTS)
+        check_missing(missing, name)
+        state = convert_clip_vit(model.vision_model.state_dict())
+        projection = PretrainedProjection(model.visual_projection.weight.detach())
+    else:
+        source, architecture, details = resolve_timm_name(name)
+        num_classes = details["num_classes"] if details.get("tag") == "openai" else 0
+        state = load_timm_state(source, architecture, size, num_classes)
+        if num_classes:
+            head = details["classifier"]
+            projection = PretrainedProjection(state.pop(f"{head}.weight"), state.pop(f"{head}.bias"))
+    own = backbone.state_dict()
+    check_missing([key for key in own if key not in state and not key.endswith("num_batches_tracked")], name)
+    for key in ("pos_embed", "head.pos_embed"):  # ([1,] 1 + grid^2, F) of a ViT, of attention pooling
+        if key in own and own[key].shape != state[key].shape:
+            grid = round((own[key].shape[-2] - 1) ** 0.5)
+            positions = state[key].reshape(1, *state[key].shape[-2:])
+            state[key] = resample_abs_pos_embed(positions, [grid, grid]).reshape(own[key].shape)
+    backbone.load_state_dict(state)
+    return projection
+
+
+def load_timm_state(name, architecture, size, num_classes=0):
+    """The pretrained weights of a timm model by name or folder, as a state dict."""
+    check_safetensors(name, "model_name", "model.safetensors")
+    options, config = {"pretrained": True, "num_classes": num_classes}, timm.get_pretrained_cfg(architecture)
+    if config is not None and config.fixed_input_size and not architecture.startswith("resnet"):
+        options["img_size"] = size  # timm resamples the positions, but not in the ResNets with attention pooling
+    load = partial(timm.create_model, f"local-dir:{name}" if Path(name).is_dir() else name, **options)
+    return load_local_or_hub(load, "model_name", name, NO_IMAGE_WEIGHTS).state_dict()
+
+
+def convert_clip_vit(state):
+    """The weights of a Hugging Face CLIP image encoder under the names of timm's ViT."""
+    converted = {}
+    for name, tensor in state.items():
+        if ".self_attn.k_proj." in name or ".self_attn.v_proj." in name:
+            continue  # concatenated with q
+        if ".self_attn.q_proj." in name:
+            tensor = torch.cat([state[name.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")])
+            name = name.replace("self_attn.q_proj", "attn.qkv")
+        for old, new in CLIP_VIT_NAMES.items():
+            name = name.replace(old, new)
+        converted[name] = tensor.detach()
+    converted["cls_token"] = converted["cls_token"].reshape(1, 1, -1)  # (F,) -> (1, 1, F)
+    converted["pos_embed"] = converted["pos_embed"].unsqueeze(0)  # (1 + grid^2, F) -> (1, 1 + grid^2, F)
+    return converted
+
+
+# ---- text encoders and tokenizers -------------------------------------------------------------------------------
+
+
+def load_text_config(name):
+    """The Hugging Face config of a text encoder by name or folder; raises InputError."""
+    if name == DISTILBERT:  # the defaults of its class: no download
+        return transformers.DistilBertConfig()
+    if name == "transformer":  # 12 layers, 512 wide, 8 heads: the defaults too; 76 tokens as in the paper's section 2.4
+        return transformers.CLIPTextConfig(max_position_embeddings=76)
+    load = partial(transformers.AutoConfig.from_pretrained, name, trust_remote_code=False)
+    return load_local_or_hub(load, "text_encoder_model", name, f"--text_encoder_model {DISTILBERT}")
+
+
+def load_text_backbone(name):
+    """The pretrained text model of a Hugging Face name or folder, and its `PretrainedProjection` or None.
+
+    From a CLIPModel, CLIPTextModel or CLIPTextModelWithProjection the text encoder is taken. Raises InputError.
+    """
+    model_type = load_text_config(name).model_type
+    clip_classes = {"clip": "CLIPModel", "clip_text_model": "CLIPTextModelWithProjection"}
+    model_class = getattr(transformers, clip_classes.get(model_type, "AutoModel"))
+    model, missing = load_transformers_model(model_class, name, "text_encoder_model", "--no-pretrained_text_encoder")
+    if model_type not in clip_classes:
+        return model, None
+    if model_type == "clip_text_model" and missing == {"text_projection.weight"}:
+        return model.text_model, None  # a CLIPTextModel, saved without projection: the head is trained from scratch
+    check_missing(missing, name)
+    logit_scale = model.logit_scale.item() if model_type == "clip" else None
+    return model.text_model, PretrainedProjection(model.text_projection.weight.detach(), None, logit_scale)
+
+
+def load_transformers_model(model_class, name, setting, alternative):
+    """A pretrained model by name or folder, and the set of parameter names that its files lack; raises InputError."""
+    check_safetensors(name, setting)
+    options = {"use_safetensors": True, "dtype": torch.float32, "trust_remote_code": False}
+    load = partial(model_class.from_pretrained, name, output_loading_info=True, **options)
+    model, info = load_local_or_hub(load, setting, name, alternative)
+    return model, set(info["missing_keys"])
+
+
+def load_tokenizer(name, setting="text_tokenizer", alternative="--text_tokenizer wordpiece"):
+    """The Hugging Face tokenizer of a model by name or folder, padding on the right; raises InputError."""
+    load = partial(transformers.AutoTokenizer.from_pretrained, name, trust_remote_code=False)
+    tokenizer = load_local_or_hub(load, setting, name, alternative)
+    if tokenizer.pad_token_id is None and tokenizer.eos_token is None:
+        raise InputError(f"{setting} is {str(name)!r}, which has no padding token: give another tokenizer")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # masked, so any token will do
+    tokenizer.padding_side = "right"  # `TextEncoder` relies on it
+    return tokenizer
+
+
+def check_safetensors(name, setting, pattern="*.safetensors"):
+    """Raise InputError for a folder without safetensors: loading a pickle could run code."""
+    if Path(name).is_dir() and not list(Path(name).glob(pattern)):
+        raise InputError(f"{setting} is the folder {name}, without {pattern} (pickled weights are not read)")
+
+
+def check_missing(missing, name):
+    if missing:
+        raise InputError(f"the weights of {name} lack {sorted(missing)[0]} and {len(missing) - 1} more tensors")
+
+
+# ---- local files first, then the hub ----------------------------------------------------------------------------
+
+
+def load_local_or_hub(load, setting, name, alternative):
+    """The result of `load()` from local files if possible, else from the hub; raises InputError.
+
+    Without a network the hub's client retries for up to a minute per file; here one short request decides.
+    """
+    is_folder, failure = Path(name).is_dir(), None
+    for context in (hub_offline(), contextlib.nullcontext()):
+        if failure and (is_folder or not hub_is_reachable()):
+            break
+        try:
+            with context:
+                return load()
+        except Exception as error:
+            # The tokenizers library raises a bare Exception for a damaged file. Other errors are bugs.
+            if not isinstance(error, LOAD_ERRORS) and type(error) is not Exception:
+                raise
+            failure = error
+    problem = "could not be loaded from this folder" if is_folder else "was found neither locally nor on the hub"
+    reason = (str(failure).strip().splitlines() or [type(failure).__name__])[0][:120]
+    raise InputError(
+        f"{setting} is {str(name)!r}, which {problem} ({reason}): give a local folder that holds it, or {alternative}"
+    ) from failure
+
+
+@contextlib.contextmanager
+def hub_offline():
+    """Within the block the Hugging Face libraries read local files only."""
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def hub_is_reachable():
+    """Whether the hub answers within five seconds."""
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except LOAD_ERRORS:
+        return False
+    return True

@@ -1,0 +1,106 @@
+"""The contrastive loss for large batches and several processes, exact and without the (B, T) similarity matrix.
+
+With s_ij = exp(t) <x_i, y_j>, an own caption j of image i has the loss -log(e^s_ij / (e^s_ij + sum of e^negatives)) =
+softplus(logsumexp(negatives) - s_ij). Only the log-sum-exps of the negatives need the matrix. They are computed tile
+by tile with running maxima and sums (as in Inf-CLIP, Cheng et al. 2024, arXiv:2410.17243), and the backward pass
+recomputes each tile, so memory grows with B + T instead of B T.
+"""
+
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from utils.distributed import all_gather_rows, global_sum, rows_before
+
+TILE = 2048  # rows and columns of a tile: 16 MiB in float32
+LOWEST = -1e30  # in place of -inf, where inf - inf would be NaN
+
+
+def tiled_contrastive_loss(image_embeddings, text_embeddings, t, image_index, image_ids, weights, group=None):
+    """As `clip.contrastive_loss`, of float32 or float64 embeddings (B, D) and (T, D).
+
+    With a process group, each process passes its own images with their captions and gets its own rows' share: the
+    losses of all processes, and their gradients, add up to those of the whole batch.
+    """
+    text_ids, own_weights = image_ids[image_index], weights[image_index]
+    row_lse, column_lse = NegativesLogSumExp.apply(
+        image_embeddings, text_embeddings, t, image_ids, text_ids, group
+    )  # (B,), (T,)
+    positives = t.exp() * (image_embeddings[image_index] * text_embeddings).sum(-1)  # (T,)
+    image_losses = F.softplus(row_lse[image_index] - positives)  # (T,), one per (image, own caption)
+    text_losses = F.softplus(column_lse - positives)  # (T,)
+    captions_per_image = weights.new_zeros(len(weights)).index_add_(0, image_index, torch.ones_like(own_weights))
+    image_losses = own_weights * (image_losses / captions_per_image[image_index])
+    image_total, text_total = global_sum(weights.sum(), group), global_sum(own_weights.sum(), group)
+    return (image_losses.sum() / image_total + (own_weights * text_losses).sum() / text_total) / 2
+
+
+class NegativesLogSumExp(torch.autograd.Function):
+    """The log-sum-exp over the negatives of each image, (B,), and of each caption, (T,).
+
+    With a_i, c_j the incoming gradients and r_i, q_j the results, G_ij = a_i exp(s_ij - r_i) + c_j exp(s_ij - q_j),
+    dX = exp(t) G Y, dY = exp(t) G^T X and dt = sum_ij G_ij s_ij = sum_i <x_i, dX_i>. Each process computes the tiles
+    of its own rows against the captions of all processes.
+    """
+
+    @staticmethod
+    def forward(ctx, images, texts, t, image_ids, text_ids, group):
+        scale, start = t.exp(), rows_before(len(texts), texts.device, group)
+        own = slice(start, start + len(texts))  # this process's captions among all
+        texts, text_ids = all_gather_rows(texts, group), all_gather_rows(text_ids, group)
+        row_max, column_max = images.new_full((len(images),), LOWEST), images.new_full((len(texts),), LOWEST)
+        row_sum, column_sum = torch.zeros_like(row_max), torch.zeros_like(column_max)
+        for i, j in tiles(len(images), len(texts)):
+            s = negative_logits(images[i], texts[j], scale, image_ids[i], text_ids[j])
+            add_logsumexp(row_max[i], row_sum[i], s, 1)
+            add_logsumexp(column_max[j], column_sum[j], s, 0)
+        if group is not None:
+            global_max = column_max.clone()
+            dist.all_reduce(global_max, dist.ReduceOp.MAX, group)
+            column_sum *= (column_max - global_max).exp()
+            dist.all_reduce(column_sum, group=group)
+            column_max = global_max
+        row_lse = (row_max + row_sum.log()).clamp(min=LOWEST)
+        column_lse = (column_max + column_sum.log()).clamp(min=LOWEST)
+        ctx.save_for_backward(images, texts, t, image_ids, text_ids, row_lse, column_lse)
+        ctx.own, ctx.group = own, group
+        return row_lse, column_lse[own].clone()
+
+    @staticmethod
+    def backward(ctx, grad_row_lse, grad_column_lse):
+        images, texts, t, image_ids, text_ids, row_lse, column_lse = ctx.saved_tensors
+        scale, grad_column_lse = t.exp(), all_gather_rows(grad_column_lse, ctx.group)
+        grad_images, grad_texts = torch.zeros_like(images), torch.zeros_like(texts)
+        for i, j in tiles(len(images), len(texts)):
+            s = negative_logits(images[i], texts[j], scale, image_ids[i], text_ids[j])
+            g = (s - column_lse[j]).exp_().mul_(grad_column_lse[j])
+            g.addcmul_(s.sub_(row_lse[i, None]).exp_(), grad_row_lse[i, None])
+            grad_images[i].addmm_(g, texts[j])
+            grad_texts[j].addmm_(g.T, images[i])
+        grad_images *= scale
+        grad_texts *= scale
+        if ctx.group is not None:
+            dist.all_reduce(grad_texts, group=ctx.group)
+        return grad_images, grad_texts[ctx.own], (images * grad_images).sum().reshape(t.shape), None, None, None
+
+
+def tiles(rows, columns):
+    for i in range(0, rows, TILE):
+        for j in range(0, columns, TILE):
+            yield slice(i, i + TILE), slice(j, j + TILE)
+
+
+def negative_logits(images, texts, scale, image_ids, text_ids):
+    """exp(t) X Y^T of a tile, with -inf where the caption belongs to the image."""
+    s = (images @ texts.T).mul_(scale)
+    return s.masked_fill_(image_ids[:, None] == text_ids, -math.inf)
+
+
+def add_logsumexp(running_max, running_sum, s, dim):
+    """Add a tile to the running maxima and sums of exponentials, in place."""
+    new_max = torch.maximum(running_max, s.amax(dim))
+    running_sum *= (running_max - new_max).exp()
+    running_sum += (s - new_max.unsqueeze(dim)).exp_().sum(dim)
+    running_max.copy_(new_max)
