@@ -81,9 +81,11 @@ class CLIP(nn.Module):
         image_features, text_features = batch.image_features, batch.text_features
         if image_features is None:
             image_features = self.image_encoder(batch.images)  # I_f: (B, 3, H, W) -> (B, F)
+        image_embeddings = self.project_image(image_features)  # I_e: (B, F) -> (B, D)
         if text_features is None:
             text_features = self.text_encoder(batch.input_ids, batch.attention_mask)  # T_f: (T, L) -> (T, F)
-        return self.project_image(image_features), self.project_text(text_features)  # I_e: (B, D), T_e: (T, D)
+        text_embeddings = self.project_text(text_features)  # T_e: (T, F) -> (T, D)
+        return image_embeddings, text_embeddings
 
     def project_image(self, features):
         """(B, F) -> (B, D) unit vectors, float32."""

@@ -189,7 +189,7 @@ def check_config(config):
             ("text_layers", c.text_layers > 0),
             ("text_width", c.text_width > 0),
             ("text_encoder_model", c.text_encoder_model in ("transformer", "cbow")),
-            ("text_tokenizer", c.text_tokenizer in ("wordpiece", "captions")),
+            ("text_tokenizer", c.text_tokenizer == "wordpiece"),
         ):
             if conflict:
                 raise InputError(
@@ -252,11 +252,3 @@ def build_config(values):
             near = difflib.get_close_matches(name, names, n=1)
             raise InputError(f"unknown setting {name!r}" + (f": did you mean {near[0]!r}?" if near else ""))
     return Config(**values)
-
-
-def __getattr__(name):
-    if name in ("OneLineParser", "parse_flags", "format_config"):
-        import utils.flags
-
-        return getattr(utils.flags, name)
-    raise AttributeError(name)

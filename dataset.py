@@ -20,17 +20,9 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from config import InputError
-from utils.captions import FLICKR8K_HELP, find_captions_file, read_captions
+from utils.captions import FLICKR8K_HELP, find_captions_file, read_captions, train_tokenizer
 from utils.files import read_lines
-from utils.image_store import (  # noqa: F401
-    EvaluationImages,
-    ImageStore,
-    open_images,
-    prepare_worker,
-    resize_image,
-    to_tensor,
-)
-from utils.tokenizer import train_tokenizer  # noqa: F401
+from utils.image_cache import EvaluationImages, ImageStore, open_images, prepare_worker, resize_image, to_tensor
 
 SPLIT_FILES = {"train": "*trainImages.txt", "validation": "*devImages.txt", "test": "*testImages.txt"}
 SIDED = re.compile(r"\b(left|right)\b", re.IGNORECASE)
@@ -92,23 +84,19 @@ def mentions(caption, words):
 
 def filter_pairs(pairs, words):
     """The `Pairs` of the images with a caption that contains one of the comma-separated words; raises InputError."""
-    kept = [
-        image
-        for image in range(len(pairs.files))
-        if any(mentions(pairs.captions[j], words) for j in pairs.captions_of(image))
-    ]
+    matching = [mentions(caption, words) for caption in pairs.captions]
+    kept = np.unique(pairs.image_index[matching]).tolist()
     if words and len(kept) < 2:
         raise InputError(f"gan_subset is {words!r}, which matches the captions of {len(kept)} images: change the words")
     return subset_pairs(pairs, kept)
 
 
 def split_images(images, folder, seed):
-    """Image names by split: {"train": [...], "validation": [...], "test": [...]}; an image is in one split only.
+    """Image names by split: {"train": [...], "validation": [...], "test": [...]}; raises InputError.
 
-    Official split files in `folder` (see SPLIT_FILES) are used where they exist. Without any, a seeded 80/10/10
-    split. With some: if the training list is missing, images in no list are training images, otherwise they are not
-    used; a missing validation split is a tenth of the training images; a missing test list leaves the test split
-    empty. Raises InputError.
+    Official split files in `folder` (SPLIT_FILES) are used where they exist; without any, a seeded 80/10/10 split.
+    Without a training list, images in no list are training images. Without a validation list, a tenth of the
+    training images is for validation. Without a test list, the test split is empty.
     """
     listed = read_split_files(images, folder)
     order = np.random.default_rng(seed).permutation(sorted(images)).tolist()
@@ -127,12 +115,9 @@ def split_images(images, folder, seed):
 
 def find_split_files(folder):
     """{split: its official split file}; hidden files (macOS writes `._name` beside `name`) are ignored."""
-    found = {}
-    for split, pattern in SPLIT_FILES.items():
-        paths = sorted(path for path in Path(folder).glob(pattern) if not path.name.startswith("."))
-        if paths:
-            found[split] = paths[0]
-    return found
+    visible = sorted(path for path in Path(folder).glob("[!.]*") if path.is_file())
+    found = {split: [path for path in visible if path.match(pattern)] for split, pattern in SPLIT_FILES.items()}
+    return {split: paths[0] for split, paths in found.items() if paths}
 
 
 def read_split_files(images, folder):

@@ -1,9 +1,9 @@
 """Text-conditional GAN: generates images from the caption embeddings of a trained CLIP.
 
 `python gan.py --run runs/x` trains the GAN of a run, `python main.py --gan pairs --gan_run runs/x` a CLIP on real and
-generated images. Generator and discriminator are conditioned on the unit vector that the run's CLIP gives a caption,
-so a generated image comes with its caption. The discriminator also sees real images with mismatched captions (Reed et
-al. 2016, arXiv:1605.05396): without them it could ignore the captions, and so could the generator.
+generated images. Generator and discriminator are conditioned on the unit vector that the run's CLIP gives a caption.
+The discriminator also sees real images with mismatched captions (Reed et al. 2016, arXiv:1605.05396): without them it
+could ignore the captions, and so could the generator.
 
 Shapes: B images, K hard negatives, Z width of the noise, D width of CLIP's shared space, C channels, S resolution.
 Images are (B, 3, S, S), in [-1, 1] inside the GAN and in [0, 1] outside.
@@ -33,20 +33,15 @@ from torch import nn
 
 from clip import load_model
 from dataset import SIDED, Batch, TokenStore, derive_seed, filter_pairs, load_splits, mentions, pad_tokens
+from utils import gan_data
 from utils.clip_filter import CLIPFilter, captions_to_generate, check_settings
 from utils.device import autocast, setup_device
 from utils.distributed import all_reduce_sum
 from utils.embed import embed_captions
-from utils.gan_checkpoint import load_checkpoint, read_generator, save_checkpoint, save_generator
-from utils.gan_data import GANData, check_finite, format_epoch, plot_samples, recall_at_10
 from utils.gan_layers import CONDITION_DIM, NOISE_DIM, CaptionConditioning, DownBlock, UpBlock, leaky, stage_channels
-from utils.image_ops import augment, resize_images
 
 ADAM_BETAS = (0.0, 0.9)  # as in DF-GAN
 R1_INTERVAL = 8  # steps; the penalty is multiplied by it (lazy regularisation, StyleGAN2)
-
-
-# ---- networks ---------------------------------------------------------------------------------------------------
 
 
 class Generator(nn.Module):
@@ -72,8 +67,8 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """Logits of (image, caption) pairs: u.h(x) + <V h(x), W e> / sqrt(CONDITION_DIM), with image features h(x).
 
-    Projection discriminator (Miyato and Koyama 2018, arXiv:1802.05637), without BatchNorm, which would make the
-    gradient penalty of an image depend on the other images of the batch.
+    Projection discriminator (Miyato and Koyama 2018, arXiv:1802.05637), without BatchNorm, which would mix the images
+    of a batch in the gradient penalty.
     """
 
     def __init__(self, size, width, dim):
@@ -105,16 +100,13 @@ class Discriminator(nn.Module):
 
 
 def build_generator(generator, size, width, dim):
-    """A generator; generator: "affine" or "style", size: S, width: channels at full resolution, dim: D."""
+    """A generator, "affine" or "style"; size: S, width: channels at full resolution, dim: D."""
     kind = Generator
     if generator == "style":
         from extras.stylegan import StyleGenerator as kind
     network = kind(size, width, dim)
     network.architecture = {"generator": generator, "size": size, "width": width, "dim": dim}
     return network
-
-
-# ---- losses -----------------------------------------------------------------------------------------------------
 
 
 def discriminator_loss(real, fake, mismatched):
@@ -136,26 +128,22 @@ def gradient_penalty(discriminator, images, embeddings):
 
 
 def clip_guidance(clip, texts, weight, amp_dtype, fake, gradient):
-    """Gradient of 1 - cosine(clip(fake), texts) at `fake` (B, 3, S, S), rescaled to `weight` times |`gradient`|.
+    """Gradient of 1 - cosine(clip(fake), texts) at `fake` (B, 3, S, S), of `weight` times the norm of `gradient`.
 
-    `gradient` is the discriminator's; only the ratio of the two matters. CLIP sees augmented images, which suppresses
-    patterns that only CLIP can see.
+    `gradient` is the discriminator's. CLIP sees augmented images, which suppresses patterns that only CLIP can see.
     """
     fake = fake.detach().requires_grad_()
     with autocast(fake.device, amp_dtype):
-        images = clip.encode_image(resize_images((augment(fake) + 1) / 2, clip.config.size))
+        images = clip.encode_image(gan_data.resize_images((gan_data.augment(fake) + 1) / 2, clip.config.size))
     distance = (1 - F.cosine_similarity(images, texts)).mean()
     (guidance,) = torch.autograd.grad(distance, fake)
     return weight * gradient.norm() / guidance.norm().clamp(min=1e-12) * guidance
 
 
-# ---- training ---------------------------------------------------------------------------------------------------
-
-
 class GAN:
     """Generator, discriminator, their Adam optimizers, and the EMA of the generator, which is the one to use.
 
-    The discriminator has twice the learning rate. Both updates of a step use the same generated images.
+    Both updates of a step use the same generated images.
     """
 
     PARTS = ("generator", "discriminator", "ema", "generator_optimizer", "discriminator_optimizer")
@@ -176,9 +164,8 @@ class GAN:
     def train_step(self, real, embeddings, mismatched, guidance=None):
         """One update of both networks; returns scalar statistics, a dict.
 
-        Args:
-            real: (B, 3, S, S) images. embeddings: (B, D) of their captions. mismatched: (B, K, D) of other captions.
-            guidance: `guidance(fake, gradient)` is added to the gradient at the generated images.
+        real: (B, 3, S, S) images; embeddings: (B, D) of their captions; mismatched: (B, K, D) of other captions.
+        `guidance(fake, gradient)` is added to the gradient at the generated images.
         """
         noise = torch.randn(len(real), NOISE_DIM, device=self.device)
         with autocast(self.device, self.amp_dtype):
@@ -191,7 +178,7 @@ class GAN:
 
     def discriminator_step(self, real, embeddings, mismatched, fake):
         with autocast(self.device, self.amp_dtype):
-            features = self.discriminator.features(torch.cat([augment(real), augment(fake)]))
+            features = self.discriminator.features(torch.cat([gan_data.augment(real), gan_data.augment(fake)]))
         real_features, fake_features = features.chunk(2)
         real_logits = self.discriminator.score(real_features, embeddings)
         fake_logits = self.discriminator.score(fake_features, embeddings)
@@ -212,7 +199,7 @@ class GAN:
     def generator_step(self, fake, embeddings, guidance=None):
         """The gradient is computed at the images first, so the discriminator's parameters accumulate none."""
         with autocast(self.device, self.amp_dtype):
-            features = self.discriminator.features(augment(fake))
+            features = self.discriminator.features(gan_data.augment(fake))
         loss = generator_loss(self.discriminator.score(features, embeddings))
         (gradient,) = torch.autograd.grad(loss, fake, retain_graph=True)
         if guidance is not None:
@@ -255,34 +242,32 @@ def train_gan(config):
     """Train the GAN of the run `config.run` up to `config.gan_epochs`; returns its folder, <run>/gan.
 
     An epoch shows each image once and ends with a checkpoint. Its random numbers depend on the seed and the epoch
-    alone, so a resumed training gives the same result. Ctrl-C and SIGTERM raise KeyboardInterrupt.
+    alone, so that a resumed training gives the same result. Ctrl-C and SIGTERM raise KeyboardInterrupt.
     """
     folder = Path(config.run) / "gan"
     device, amp_dtype = setup_device(config.device, config.precision)
     clip = load_model(config.run, device).requires_grad_(False)
     splits = load_gan_splits(config, clip.config.seed)  # the split of the CLIP: test images stay unseen
-    train, validation = (GANData(clip, pairs, config, SIDED, device) for pairs in splits)
+    train, validation = (gan_data.GANData(clip, pairs, config, SIDED, device) for pairs in splits)
     torch.manual_seed(config.seed)
     architecture = {"generator": config.gan_generator, "size": config.gan_size, "width": config.gan_width}
     architecture["dim"] = train.embeddings.shape[1]
     gan = GAN(architecture, train.embeddings, config.gan_lr, device, amp_dtype)
-    history, settings = load_checkpoint(gan, folder), {name: getattr(config, name) for name in SETTINGS}
+    history, settings = gan_data.load_checkpoint(gan, folder), {name: getattr(config, name) for name in SETTINGS}
+    write_json(folder / "config.json", {"settings": settings})  # to resume before the end of the first epoch
     if history:
-        save_generator(gan.ema, folder, settings=settings)  # in case it was deleted
-    else:
-        write_json(folder / "config.json", {"settings": settings})  # to resume before the end of the first epoch
-    steps = len(train.images) // config.gan_batch_size
-    bar = progress_bar(total=config.gan_epochs * steps, initial=len(history) * steps, desc="GAN", unit="step")
-    with bar:
+        gan_data.save_generator(gan.ema, folder, settings=settings)  # in case it was deleted
+    sample, steps = partial(generate, gan.ema), len(train.images) // config.gan_batch_size
+    with progress_bar(total=config.gan_epochs * steps, initial=len(history) * steps, desc="GAN", unit="step") as bar:
         for epoch in range(len(history), config.gan_epochs):
             torch.manual_seed(derive_seed(config.seed, epoch))
             line = {"epoch": epoch + 1, **train_epoch(gan, clip, train, config, steps, bar)}
-            line["image_to_caption_R@10_of_100"] = recall_at_10(clip, partial(generate, gan.ema), validation, train)
+            line["image_to_caption_R@10_of_100"] = gan_data.recall_at_10(clip, sample, validation, train)
             history.append(line)
-            save_generator(gan.ema, folder, settings=settings)
-            save_checkpoint(gan, folder, history)  # last: it marks the epoch as finished
-            plot_samples(partial(generate, gan.ema), validation, folder / "samples.png")
-            bar.write(format_epoch(line, config.gan_epochs))
+            gan_data.save_generator(gan.ema, folder, settings=settings)
+            gan_data.save_checkpoint(gan, folder, history)  # last: it marks the epoch as finished
+            gan_data.plot_samples(sample, validation, folder / "samples.png")
+            bar.write(gan_data.format_epoch(line, config.gan_epochs))
     return folder
 
 
@@ -298,14 +283,11 @@ def train_epoch(gan, clip, data, config, steps, bar):
         stats = gan.train_step(batch.real, embeddings, data.embed(batch.hard_negatives), guidance)
         sums = {name: sums.get(name, 0) + value for name, value in stats.items()}
         if bar.update():  # redrawn about twice a second; only then does the host wait for the device
-            check_finite(stats, gan.step)
+            gan_data.check_finite(stats, gan.step)
             bar.set_postfix_str(", ".join(f"{name} {value:.2f}" for name, value in stats.items()), refresh=False)
-    check_finite(sums, gan.step)
+    gan_data.check_finite(sums, gan.step)
     means = {name: value.item() / steps for name, value in sums.items()}
     return {"steps": gan.step, **means, "seconds": round(time.perf_counter() - start, 2)}
-
-
-# ---- generation -------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -314,12 +296,12 @@ def generate(generator, embeddings, seed, size=None):
     random = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
     noise = torch.randn(len(embeddings), NOISE_DIM, generator=random).to(embeddings.device)
     images = (generator(noise, embeddings) + 1) / 2
-    return images if size is None else resize_images(images, size)
+    return images if size is None else gan_data.resize_images(images, size)
 
 
 def load_generator(folder, device="cpu"):
     """The frozen generator in `folder`, <run>/gan; raises InputError."""
-    generator = read_generator(Path(folder), build_generator)
+    generator = gan_data.read_generator(Path(folder), build_generator)
     return generator.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
 
 
@@ -329,8 +311,8 @@ def load_generator(folder, device="cpu"):
 class GANAugmentation:
     """Image-caption pairs from a frozen generator that are added to the batches of a CLIP in training.
 
-    A generated image has the id of the training image that its caption belongs to, or a negative id for other captions:
-    in the loss, images and captions with the same id are not negatives. The CLIP of the GAN's run filters the images.
+    A generated image has the id of the training image that has its caption, or a negative id for other captions: in
+    the loss, images and captions with the same id are not negatives. The CLIP of the GAN's run filters the images.
     """
 
     def __init__(self, config, pairs, model, device, amp_dtype):
@@ -345,10 +327,7 @@ class GANAugmentation:
         captions, image_ids = captions_to_generate(config, pairs, words, mentions)
         self.image_ids = torch.as_tensor(image_ids, device=device)  # (T,)
         self.embeddings = embed_captions(self.clip, captions, desc="embedding captions")  # (T, D)
-        self.clip_filter = CLIPFilter(self.clip, self.embeddings, self.image_ids, config.gan_filter_top_k, amp_dtype)
-        if config.gan_captions:  # too few, or too different from each other, to be the only distractors
-            training_ids = torch.from_numpy(pairs.image_index).to(device)
-            self.clip_filter.add_distractors(embed_captions(self.clip, pairs.captions), training_ids)
+        self.clip_filter = CLIPFilter(self.clip, self.embeddings, self.image_ids, pairs, config, amp_dtype)
         self.tokens, self.pad_id = TokenStore(model.tokenizer, captions, model.max_length), model.tokenizer.pad_token_id
         self.tokens_hash = hashlib.sha256(self.tokens.ids.tobytes()).hexdigest()
         self.counts = torch.zeros(2, dtype=torch.int64, device=device)  # images generated and kept, this epoch
@@ -377,11 +356,11 @@ class GANAugmentation:
         """A `Batch` for caption numbers (B,), without images that fail the filter; None below two, for BatchNorm."""
         images = self.generate_images(chosen, random)
         kept = self.clip_filter(images, chosen)
-        num_kept = kept.sum()
-        self.counts += torch.stack([torch.tensor(len(kept), device=self.device), num_kept * (num_kept > 1)])
+        self.counts[0] += len(chosen)
         chosen, images = chosen[kept], images[kept]
         if len(chosen) < 2:
             return None
+        self.counts[1] += len(chosen)
         input_ids, mask = pad_tokens([self.tokens[caption] for caption in chosen.tolist()], self.pad_id)
         rows, weights = torch.arange(len(chosen)), torch.full((len(chosen),), self.config.gan_weight)
         batch = Batch(rows, self.image_ids[chosen], images, input_ids=input_ids, attention_mask=mask, weights=weights)
@@ -412,12 +391,11 @@ class GANAugmentation:
 
 
 def build_augmentation(config, pairs, model, device, amp_dtype):
-    """The augmentation for `config.gan`, or None."""
+    """The `GANAugmentation` for `config.gan`, "pairs" or "joint"."""
+    kind = GANAugmentation
     if config.gan == "joint":
-        from extras.joint_gan import JointGAN
-
-        return JointGAN(config, pairs, model, device, amp_dtype)
-    return GANAugmentation(config, pairs, model, device, amp_dtype) if config.gan == "pairs" else None
+        from extras.joint_gan import JointGAN as kind
+    return kind(config, pairs, model, device, amp_dtype)
 
 
 @exit_on_input_error

@@ -1,10 +1,7 @@
 """Search with a trained run: `python inference.py "two dogs on the grass"`; `--help` lists the options.
 
-Sentences find images, an image finds captions and similar images, labels classify an image, and a captions file
-evaluates the run. Embeddings are computed once and kept in an index beside the run. From Python:
-
-    from inference import Searcher
-    Searcher("runs/demo").search("a red ring on grass", n=3)
+Embeddings are computed once and kept in an index beside the run. From Python:
+`inference.Searcher("runs/demo").search("a red ring on grass", n=3)`.
 """
 
 import json
@@ -14,8 +11,9 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from config import InputError, OneLineParser
+from config import InputError
 from utils.cli import exit_on_input_error
+from utils.flags import OneLineParser
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 PLOT_SUFFIXES = (".png", ".jpg", ".webp", ".pdf", ".svg")
@@ -43,42 +41,32 @@ def parse_arguments(argv=None):
     add("--output", default="matches.png", help=f"plot, {', '.join(PLOT_SUFFIXES)} (default: %(default)s)")
     add("--json", action="store_true", help="print JSON")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
-    arguments = parser.parse_args(argv)
-    asked = arguments.query or arguments.image or arguments.evaluate or arguments.zero_shot
-    if arguments.run and not asked:  # --run runs/x "a dog": argparse takes the sentence for another run
-        first, *others = arguments.run
-        folders = [word for word in others if os.path.isdir(word) or "/" in word or "\\" in word]
-        arguments.query = [word for word in others if word not in folders]
-        arguments.run = [first, *folders]
-    check_arguments(arguments)
-    return arguments
-
-
-def check_arguments(a):
-    """Raise InputError for a value, or a combination of flags, that is not allowed."""
-    output = Path(a.output)
-    if output.suffix.lower() not in PLOT_SUFFIXES or not output.parent.is_dir() or output.is_dir():
-        raise InputError(f"output is {a.output}: give a {', '.join(PLOT_SUFFIXES)} file in an existing folder")
-    if a.n is not None and a.n < 1:
-        raise InputError(f"n is {a.n}: give 1 or more")
-    if a.images == "":
-        raise InputError("images is empty: give a folder of images, or drop --images")
-    if a.query and (a.evaluate or a.zero_shot):
-        raise InputError(f"{'--evaluate' if a.evaluate else '--zero_shot'} cannot be combined with a sentence")
-    if a.query and a.image:
-        raise InputError("give a sentence or --image; to combine them: a sentence and --plus IMAGE")
-    if a.evaluate and not (a.image_path and a.captions_path):
-        raise InputError("--evaluate needs --image_path and --captions_path")
-    if a.evaluate or a.zero_shot or a.image:
-        return
-    if a.labels is not None:
-        raise InputError("--labels needs --image or --zero_shot")
-    if not a.query or not all(sentence.strip() for sentence in a.query):
-        taken = f" ({a.run[-1]!r} was read as a run)" if a.run and len(a.run) > 1 else ""
-        raise InputError(f'the query is empty{taken}: python inference.py "two dogs on the grass"')
-    for sentence in a.query:
-        if is_image_name(sentence) and os.path.isfile(sentence):
-            raise InputError(f"the query is {sentence}, an image: give --image {sentence}")
+    a = parser.parse_args(argv)
+    other_mode = "--evaluate" if a.evaluate else "--zero_shot" if a.zero_shot else ""
+    no_mode = not (other_mode or a.image)
+    if a.run and no_mode and not a.query:  # --run runs/x "a dog": argparse takes the sentence for another run
+        folders = [word for word in a.run[1:] if os.path.isdir(word) or "/" in word or "\\" in word]
+        a.query = [word for word in a.run[1:] if word not in folders]
+        a.run = [a.run[0], *folders]
+    output, suffixes = Path(a.output), ", ".join(PLOT_SUFFIXES)
+    no_query = not a.query or not all(sentence.strip() for sentence in a.query)
+    taken = f" ({a.run[-1]!r} was read as a run)" if a.run and len(a.run) > 1 else ""
+    image = next((name for name in a.query if is_image_name(name) and os.path.isfile(name)), None)
+    bad_output = output.suffix.lower() not in PLOT_SUFFIXES or not output.parent.is_dir() or output.is_dir()
+    for refused, message in (
+        (bad_output, f"output is {a.output}: give a {suffixes} file in an existing folder"),
+        (a.n is not None and a.n < 1, f"n is {a.n}: give 1 or more"),
+        (a.images == "", "images is empty: give a folder of images, or drop --images"),
+        (a.query and other_mode, f"{other_mode} cannot be combined with a sentence"),
+        (a.query and a.image, "give a sentence or --image; to combine them: a sentence and --plus IMAGE"),
+        (a.evaluate and not (a.image_path and a.captions_path), "--evaluate needs --image_path and --captions_path"),
+        (no_mode and a.labels is not None, "--labels needs --image or --zero_shot"),
+        (no_mode and no_query, f'the query is empty{taken}: python inference.py "two dogs on the grass"'),
+        (image, f"the query is {image}, an image: give --image {image}"),
+    ):
+        if refused:
+            raise InputError(message)
+    return a
 
 
 def is_image_name(name):
@@ -96,8 +84,10 @@ from utils.captions import read_captions
 from utils.device import setup_device
 from utils.embed import embed_captions, encode_dataset
 from utils.image_cache import storage_resolution
-from utils.plotting import MATCH, WEAK, plot_bars, plot_confusion, plot_grid
+from utils.plotting import MATCH, WEAK, plot_bars, plot_grid, report_plot
 from utils.runs import newest_run
+
+DECISIONS = {True: ("match", MATCH), False: ("weak", WEAK), None: ("", None)}  # name, and colour in plots
 
 
 def embed_images(model, image_files, batch_size=64, amp_dtype=None, desc="embedding images", failed=None):
@@ -120,8 +110,7 @@ def find_matches(model, image_embeddings, query, image_filenames, n=9):
     if not 1 <= n <= len(image_filenames):
         raise InputError(f"n is {n}, with {len(image_filenames)} images to search: give 1 to {len(image_filenames)}")
     scores = image_embeddings @ embed_captions(model, [query])[0].to(image_embeddings.device)
-    best = scores.topk(n)
-    return [(image_filenames[i], score) for i, score in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+    return [(image_filenames[i], scores[i].item()) for i in scores.topk(n).indices.tolist()]
 
 
 class Searcher:
@@ -137,21 +126,17 @@ class Searcher:
         from extras.search_index import list_gallery, open_run
 
         self.captions_path, self.loaded = captions_path, {}
-        folders, (device, _) = as_folders(runs), setup_device(device)
+        device, folders = setup_device(device)[0], as_folders(runs)
         with ThreadPoolExecutor(1) as background:  # image files are listed while the weights are loaded
             gallery = background.submit(list_gallery, images, folders[0])
             self.runs = [open_run(folder, device) for folder in folders]
             self.gallery = gallery.result()
 
     def search(self, query, n=None, kind="images", plus=(), minus=()):
-        """The n best images or captions (default: 9, or all if there are fewer), a list of dicts, best first.
+        """The n best results (default: 9) for a sentence or the `Path` of an image, a list of dicts, best first.
 
-        Each dict has the keys file (or caption), score (cosine similarity), z_score (see `rank`) and match (True,
-        False, or None if no decision is possible).
-
-        Args:
-            query: a sentence, or the `Path` of an image. kind: "images" or "captions".
-            plus, minus: addends as on the command line, e.g. plus=["0.5:sunset"], minus=["people", "photo.jpg"].
+        Each has the keys file (or caption, if `kind` is "captions"), score (cosine similarity), z_score and match (see
+        `rank`). `plus` and `minus` are as on the command line, e.g. plus=["0.5:sunset"], minus=["people", "photo.jpg"].
         """
         return self.answer(build_query(query, plus, minus), n, kind)["results"]
 
@@ -163,9 +148,9 @@ class Searcher:
             raise InputError(f"n is {n}, with {len(names)} {kind} to search: give --n 1 to {len(names)}")
         searched = len(names) - int(vectors[0][:, 0].isnan().sum())
         scores = mean_scores(vectors, [query_vector(run.model, query) for run in self.runs])
-        if kind == "images":
-            for file in [value for _, value in query if isinstance(value, Path)]:
-                scores[self.gallery.rows_of(file)] = torch.nan  # an image is not its own match
+        for _, value in query:
+            if kind == "images" and isinstance(value, Path):
+                scores[self.gallery.rows_of(value)] = torch.nan  # an image is not its own match
         results = rank(scores, n, self.threshold(query, kind, searched))
         for result in results:
             name = names[result.pop("row")]
@@ -180,7 +165,7 @@ class Searcher:
 
         if kind not in ("images", "captions"):
             raise ValueError(f"kind is {kind!r}: give 'images' or 'captions'")
-        if kind == "images" and kind not in self.loaded:
+        if kind not in self.loaded and kind == "images":
             self.loaded[kind] = self.gallery.names, [index_images(run, self.gallery).vectors for run in self.runs]
         elif kind not in self.loaded:
             captions, *source = list_captions(self.runs[0].model.config, self.captions_path)
@@ -204,24 +189,19 @@ def as_folders(runs):
     return [runs] if isinstance(runs, str | Path) else list(runs or [newest_run(trained=True)])
 
 
-# ---- queries and scores -----------------------------------------------------------------------------------------
-
-
 def build_query(start, plus=(), minus=()):
     """A query as a weighted sum, [(weight, sentence or Path), ...]; raises InputError."""
     if not str(start).strip():
         raise InputError("the query is empty: describe what the image should show")
     query = [(1.0, start)]
-    for flag, sign, texts in (("--plus", 1, plus), ("--minus", -1, minus)):
-        for text in texts:
-            weighted = re.fullmatch(r"(\d+\.?\d*|\.\d+):(.*)", text, re.DOTALL)
-            weight, value = (float(weighted[1]), weighted[2]) if weighted else (1.0, text)
-            if not value.strip():
-                raise InputError(f"{flag} is {text!r}, without a sentence or an image file")
-            if is_image_name(value):
-                value = Path(value)
-                check_files([value], flag)
-            query.append((sign * weight, value))
+    for flag, sign, text in [("--plus", 1, text) for text in plus] + [("--minus", -1, text) for text in minus]:
+        weight, value = re.fullmatch(r"(?:(\d+\.?\d*|\.\d+):)?(.*)", text, re.DOTALL).groups()
+        if not value.strip():
+            raise InputError(f"{flag} is {text!r}, without a sentence or an image file")
+        if is_image_name(value):
+            value = Path(value)
+            check_files([value], flag)
+        query.append((sign * float(weight or 1), value))
     return query
 
 
@@ -252,8 +232,8 @@ def mean_scores(vectors, query_vectors):
 def rank(scores, n, threshold=None):
     """The n best rows of (N,) scores, best first: dicts of row, score, z_score and match; NaN scores are excluded.
 
-    The z-score is the distance from the mean of the query's scores in standard deviations. A result is a match if its
-    score is at least `threshold`; without a threshold there is no decision (None).
+    The z-score is the distance from the mean score in standard deviations. `match` tells whether the score is at least
+    `threshold`; it is None without a threshold (no decision).
     """
     others = scores[~scores.isnan()]
     if not len(others):
@@ -268,9 +248,6 @@ def rank(scores, n, threshold=None):
     return results
 
 
-# ---- the command ------------------------------------------------------------------------------------------------
-
-
 @exit_on_input_error
 def main(argv=None):
     """Search images, classify an image, or evaluate, with a trained run or an ensemble of runs."""
@@ -278,9 +255,12 @@ def main(argv=None):
     if arguments.image:
         check_files([Path(arguments.image)], "--image")
     if arguments.evaluate or arguments.zero_shot or arguments.labels is not None:
+        from extras.zero_shot import classify, evaluate_zero_shot
+
         job = evaluate if arguments.evaluate else evaluate_zero_shot if arguments.zero_shot else classify
         device, _ = setup_device(arguments.device)
-        return job([load_model(folder, device) for folder in as_folders(arguments.run)], arguments)
+        job([load_model(folder, device) for folder in as_folders(arguments.run)], arguments)
+        return
     starts = [Path(arguments.image)] if arguments.image else arguments.query
     queries = [build_query(start, arguments.plus, arguments.minus) for start in starts]
     searcher = Searcher(arguments.run, arguments.images, arguments.captions_path, arguments.device)
@@ -289,37 +269,34 @@ def main(argv=None):
         answers = [searcher.answer(queries[0], n, "captions")]
         n = n and min(n, len(searcher.gallery.names))
     answers += [searcher.answer(query, n) for query in queries]
-    return print_answers(answers, arguments)
+    print_answers(answers, arguments.json)
+    plot_answers(answers, arguments)
 
 
-def print_answers(answers, arguments):
+def print_answers(answers, as_json):
     """Print JSON, or lines of score, z-score, match decision, kind, query and file or caption, separated by tabs."""
-    lines = [json.dumps(answers)] if arguments.json else []
-    for each in answers:
-        query = " ".join(each["query"].split())  # without tabs
-        for result in [] if arguments.json else each["results"]:
-            decision = {True: "match", False: "weak", None: "-"}[result["match"]]
-            numbers = f"{result['score']:.4f}\t{result['z_score']:+.1f}"
-            lines.append("\t".join([numbers, decision, each["kind"], query, result.get("file") or result["caption"]]))
+    lines = [json.dumps(answers)] if as_json else []
+    for each, r in [] if as_json else [(answer, r) for answer in answers for r in answer["results"]]:
+        decision, query = DECISIONS[r["match"]][0] or "-", " ".join(each["query"].split())
+        cells = [f"{r['score']:.4f}", f"{r['z_score']:+.1f}", decision, each["kind"], query]
+        lines.append("\t".join([*cells, r.get("file") or r["caption"]]))
     try:
-        sys.stdout.write("".join(f"{line}\n" for line in lines))
-        sys.stdout.flush()
+        print("".join(f"{line}\n" for line in lines), end="", flush=True)
     except BrokenPipeError:  # closed by `| head`; Python would raise again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     for each in answers:
         if each["match"] is False:
             print(f"no good match for {each['query']!r} among {each['searched']:,} {each['kind']}", file=sys.stderr)
-    plot_answers(answers, arguments)
 
 
 def plot_answers(answers, arguments):
     """Save the images found as a grid, and captions as bars in a second plot."""
     panels, output = [], Path(arguments.output)
-    for each in answers:
-        results, heading = each["results"], each["query"]
-        heading += "\nno good match; the most similar images:" if each["match"] is False else ""
-        colors = [{True: MATCH, False: WEAK, None: None}[result["match"]] for result in results]
-        if each["kind"] == "captions":
+    for answer in answers:
+        results, heading = answer["results"], answer["query"]
+        heading += "\nno good match; the most similar images:" if answer["match"] is False else ""
+        colors = [DECISIONS[r["match"]][1] for r in results]
+        if answer["kind"] == "captions":
             path = output.with_stem(f"{output.stem}_captions")
             captions, scores = [r["caption"] for r in results], [r["score"] for r in results]
             report_plot("captions", path, plot_bars(arguments.image, heading, captions, scores, colors, path))
@@ -334,31 +311,7 @@ def plot_answers(answers, arguments):
 def image_title(result):
     name = Path(result["file"]).name
     name = name if len(name) < 32 else f"{name[:18]}...{name[-10:]}"
-    decision = {True: "   match", False: "   weak", None: ""}[result["match"]]
-    return f"{name}\n{result['score']:.3f}   z {result['z_score']:+.1f}{decision}"
-
-
-def report_plot(content, path, num_omitted=0):
-    omitted = f" ({num_omitted} more did not fit)" if num_omitted else ""
-    print(f"{content}: plot saved to {path}{omitted}", file=sys.stderr)
-
-
-def classify(models, arguments):
-    """Print the probability of each label for an image."""
-    from extras.zero_shot import TEMPLATES, label_logits, parse_labels
-
-    labels = parse_labels(arguments.labels)
-    logits = label_logits(models, [arguments.image], labels, arguments.template or TEMPLATES)[0]
-    probabilities, order = (values.tolist() for values in logits.softmax(0).sort(descending=True))
-    labels = [labels[i] for i in order]
-    results = [{"label": label, "probability": p} for label, p in zip(labels, probabilities, strict=True)]
-    if arguments.json:
-        print(json.dumps({"image": Path(arguments.image).as_posix(), "labels": results}))
-    for result in [] if arguments.json else results:
-        print(f"{result['probability']:.4f}\t{result['label']}")
-    colors = [MATCH] + [WEAK] * (len(labels) - 1)
-    heading, path = Path(arguments.image).name, arguments.output
-    report_plot("labels", path, plot_bars(arguments.image, heading, labels, probabilities, colors, path))
+    return f"{name}\n{result['score']:.3f}   z {result['z_score']:+.1f}   {DECISIONS[result['match']][0]}".rstrip()
 
 
 def evaluate(models, arguments):
@@ -371,28 +324,6 @@ def evaluate(models, arguments):
     metrics = retrieval_metrics(images, texts, pairs.image_index)
     counts = {"images": len(pairs.files), "captions": len(pairs.captions)}
     print(json.dumps({**counts, **metrics}) if arguments.json else format_metrics(metrics))
-
-
-def evaluate_zero_shot(models, arguments):
-    """Print the accuracy of zero-shot classification on labelled images, and plot the confusion matrix."""
-    from extras.zero_shot import TEMPLATES, evaluate_labels, label_logits, parse_labels, read_labelled_images
-
-    files, truth = read_labelled_images(arguments.zero_shot, arguments.image_path)
-    check_files(files)
-    labels = parse_labels(arguments.labels) if arguments.labels else sorted(set(truth))
-    unknown = sorted(set(truth) - set(labels))
-    if unknown or len(labels) < 2:
-        problem = f"without {', '.join(unknown)}, which some images have" if unknown else "but two or more are needed"
-        raise InputError(f"labels are {', '.join(labels)}, {problem}")
-    logits = label_logits(models, files, labels, arguments.template or TEMPLATES)
-    readable = ~logits[:, 0].isnan()
-    truth = [label for label, kept in zip(truth, readable.tolist(), strict=True) if kept]
-    results = evaluate_labels(logits[readable], truth, labels)
-    summary = f"accuracy {results['accuracy']:.1f}% on {len(truth)} images"
-    mean = f"mean over the {len(labels)} labels {results['mean_label_accuracy']:.1f}%"
-    print(json.dumps(results) if arguments.json else f"{summary} ({mean})")
-    plot_confusion(results["confusion"], labels, arguments.output, summary)
-    report_plot("confusion matrix", arguments.output)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Encoders and projection heads.
 
-Shapes: B images, T captions, L tokens, C/H/W channels, height and width, F feature width of an encoder,
-D width of the shared space, N images of a gallery.
+Shapes: B images, T captions, L tokens, C/H/W channels, height and width, F feature width of an encoder, D width of
+the shared space, N images of a gallery.
 """
 
 from types import SimpleNamespace
@@ -14,13 +14,7 @@ from timm.layers import AttentionPool2d
 from torch import nn
 
 from config import InputError
-from utils.pretrained import (
-    PAPER_IMAGE_ENCODERS,
-    load_image_weights,
-    load_text_backbone,
-    load_text_config,
-    read_image_config,
-)
+from utils.pretrained import PAPER_ENCODERS, load_image_weights, load_text_backbone, load_text_config, read_image_config
 
 # Captions encoded at once on a CPU, times the encoder's width. Measured on two cores, forward and backward: of 8, 16
 # and 32 captions 16 were the fastest for DistilBERT, 768 wide; of 16, 32, 64 and 320 the last two for 128 wide.
@@ -47,8 +41,8 @@ class ImageEncoder(nn.Module):
 class TextEncoder(nn.Module):
     """A text model with pooling: (T, L) token ids and attention mask, padded on the right -> (T, F).
 
-    Pooling is the `mean` of the tokens, the first (`cls`) or the last (`end`). CLIP's Transformer always takes the
-    last one: with its causal mask, only the end-of-text token attends to the whole caption.
+    `pooling`: the `mean` of the tokens, the first (`cls`) or the last (`end`). CLIP's Transformer always takes the
+    last: with its causal mask, only the end-of-text token attends to the whole caption.
     """
 
     def __init__(self, backbone, pooling):
@@ -101,11 +95,7 @@ class CBOW(nn.Module):
 
 
 class ProjectionHead(nn.Module):
-    """From an encoder's feature to the shared space: (., F) -> (., D).
-
-    One layer is the linear projection of the paper; with more, GELU stands between them. The last layer has a bias
-    only where OpenAI's models have one, after attention pooling.
-    """
+    """From an encoder's features to the shared space, (., F) -> (., D); one layer is the paper's linear projection."""
 
     def __init__(self, width, dim, num_layers=1, dropout=0.0, bias=False):
         super().__init__()
@@ -122,8 +112,7 @@ class ProjectionHead(nn.Module):
 def build_image_encoder(name, size, pretrained):
     """An `ImageEncoder` by name, its config, and the `PretrainedProjection` of a pretrained CLIP (else None).
 
-    `ImageEncoder(size=size, **image_config)` rebuilds the encoder without a download. `name`: see
-    `utils.pretrained.read_image_config`. Raises InputError.
+    `ImageEncoder(size=size, **image_config)` rebuilds the encoder without a download. Raises InputError.
     """
     image_config = read_image_config(name)
     encoder = ImageEncoder(size=size, **image_config)
@@ -134,11 +123,8 @@ def build_image_encoder(name, size, pretrained):
 def build_timm_model(architecture, size, **model_args):
     """A randomly initialised timm model without classifier for images of `size` pixels; raises InputError."""
     if not timm.is_model(architecture):
-        suggestions = timm.list_models(f"*{architecture}*")[:3] or ["resnet50"]
-        raise InputError(
-            f"model_name is {architecture!r}, which timm does not know; try {', '.join(suggestions)}, a folder, "
-            f"or one of {', '.join(PAPER_IMAGE_ENCODERS)}"
-        )
+        names = ", ".join([*timm.list_models(f"*{architecture}*")[:3], *PAPER_ENCODERS])
+        raise InputError(f"model_name is {architecture!r}, which timm does not know: try a folder or {names}")
     config = timm.get_pretrained_cfg(architecture)
     if config is not None and config.fixed_input_size:
         model_args["img_size"] = size
@@ -149,7 +135,7 @@ def build_timm_model(architecture, size, **model_args):
         step = 32  # its position embeddings expect an input downsampled five times without remainder
     step = max(step) if isinstance(step, tuple) else step
     if size % step:
-        nearest = max(1, round(size / step)) * step
+        nearest = max(step, round(size / step) * step)
         raise InputError(f"size is {size}, but {architecture} takes multiples of {step}: give --size {nearest}")
     return model
 
@@ -161,15 +147,14 @@ def build_text_encoder(name, pooling, pretrained, vocab_size, layers=0, width=0)
     `vocab_size`, `layers` and `width` replace the sizes in the config of `name` (0: unchanged). Raises InputError.
     """
     if not pretrained:
-        config = scratch_text_config(name, vocab_size, layers, width)
-        return TextEncoder(build_text_backbone(config), pooling), None
+        return TextEncoder(build_text_backbone(scratch_text_config(name, vocab_size, layers, width)), pooling), None
     backbone, projection = load_text_backbone(name)
     if vocab_size > backbone.config.vocab_size:
         raise InputError(f"text_tokenizer has {vocab_size} tokens, more than {name} has embeddings: give {name}'s own")
     return TextEncoder(backbone, pooling), projection
 
 
-def scratch_text_config(name, vocab_size, layers=0, width=0):
+def scratch_text_config(name, vocab_size, layers, width):
     """The config of a text encoder trained from scratch: that of `name`, with the given sizes; 0 keeps the config's."""
     if name == "cbow":
         if layers:

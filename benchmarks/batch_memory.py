@@ -13,7 +13,8 @@ import sys
 
 from common import build_state, in_fresh_process, peak_memory, report, synchronized_time, train_steps
 
-from config import build_config, parse_flags
+from config import build_config
+from utils.flags import parse_flags
 
 MICRO_BATCH_SIZE = 64
 BATCH_SIZES = (64, 512, 4096)
@@ -57,8 +58,8 @@ def measure(number, flags):
     import torch
 
     from clip import CLIP
+    from utils.captions import train_tokenizer
     from utils.device import setup_device
-    from utils.tokenizer import train_tokenizer
 
     config = build_config({**DEFAULTS, **parse_flags(flags)[0]})
     device, amp_dtype = setup_device(config.device, config.precision)

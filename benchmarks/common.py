@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -21,8 +22,9 @@ from types import SimpleNamespace
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from config import build_config, parse_flags  # noqa: E402
+from config import build_config  # noqa: E402
 from utils.files import write_json  # noqa: E402
+from utils.flags import parse_flags  # noqa: E402
 
 PACKAGES = ("torch", "torchvision", "timm", "transformers", "numpy", "pillow", "albumentations")
 
@@ -82,6 +84,17 @@ def benchmark_config(folder, flags, num_images, **defaults):
     return build_config({**values, **given})
 
 
+def parse_caption(caption):
+    """(background, [(color, shape), (color, shape)]) of a caption of the synthetic data set, None for any other."""
+    from utils.synthetic import BACKGROUNDS, COLORS, SHAPES
+
+    shapes = {word: shape for shape, synonym in SHAPES.items() for word in (shape, synonym)}
+    words = re.findall(r"\w+", caption.lower())
+    backgrounds = [word for word in words if word in BACKGROUNDS]
+    objects = [(a, shapes[b]) for a, b in itertools.pairwise(words) if a in COLORS and b in shapes]
+    return (backgrounds[0], objects) if len(backgrounds) == 1 and len(objects) == 2 else None
+
+
 # ---- training ---------------------------------------------------------------------------------------------------
 
 
@@ -93,7 +106,7 @@ class TrainingLoop:
         from utils.device import setup_device
         from utils.distributed import init_processes
         from utils.embed import precompute_features
-        from utils.image_store import open_images
+        from utils.image_cache import open_images
 
         self.config = config = init_processes(config)
         self.device, self.amp_dtype = setup_device(config.device, config.precision)

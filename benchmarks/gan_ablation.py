@@ -58,8 +58,7 @@ from utils.cli import exit_on_input_error  # noqa: E402
 from utils.embed import embed_captions  # noqa: E402
 from utils.files import atomic_write, read_json, write_json  # noqa: E402
 from utils.flags import OneLineParser, parse_flags  # noqa: E402
-from utils.gan_data import GANData  # noqa: E402
-from utils.image_ops import resize_images  # noqa: E402
+from utils.gan_data import GANData, resize_images  # noqa: E402
 from utils.synthetic import COLORS, SHAPES, all_scenes, generate_dataset, render_scene, scene_captions  # noqa: E402
 
 ARMS = ("real", "pairs", "shuffled", "blurred", "captions", "new_captions", "sentences", "joint")

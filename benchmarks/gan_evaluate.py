@@ -23,7 +23,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
-from common import report  # noqa: E402
+from common import parse_caption, report  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from clip import load_model  # noqa: E402
@@ -34,11 +34,10 @@ from utils.cli import exit_on_input_error  # noqa: E402
 from utils.device import setup_device  # noqa: E402
 from utils.embed import embed_captions  # noqa: E402
 from utils.flags import OneLineParser  # noqa: E402
-from utils.gan_data import GANData  # noqa: E402
+from utils.gan_data import GANData, resize_images  # noqa: E402
 from utils.gan_settings import conditioning_run  # noqa: E402
-from utils.image_ops import resize_images  # noqa: E402
 from utils.runs import gan_run_folder  # noqa: E402
-from utils.synthetic import BACKGROUNDS, COLORS, SHAPES, all_scenes, parse_caption, render_scene  # noqa: E402
+from utils.synthetic import BACKGROUNDS, COLORS, SHAPES, all_scenes, render_scene  # noqa: E402
 
 NUM_CAPTIONS = 100
 BATCH_SIZE = 100

@@ -16,15 +16,13 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from common import report
+from common import parse_caption, report
 
 SPLITS = ("validation", "test")
 
 
 def labels_of(caption, kind):
     """The colours, shapes or background named by a caption of a synthetic image, a list; None for other captions."""
-    from utils.synthetic import parse_caption
-
     scene = parse_caption(caption)
     if scene is None:
         return None

@@ -3,12 +3,10 @@
 With `--meaning same` a variant still describes its image: the output is a CSV that can be appended to a captions file.
 With `--meaning new` it describes another plausible image: the output is a list for `--gan_captions`.
 
-Replacements are proposed by the training captions (words seen between the same two neighbours) or, with `--model`, by
-a masked language model. They consist of letters and are new to the caption; protected words are neither replaced nor
-inserted. `--meaning same` also protects colours, numbers, directions and negations, and only accepts a word that
-another caption of the image has beside the same neighbour ("blue box" for "blue square"). At the end whole variants
-are filtered: by the run's CLIP, which has to retrieve the image, or for a new meaning by the training captions, which
-have to contain all trigrams.
+Words are proposed by the training captions (seen between the same two neighbours) or, with `--model`, by a masked
+language model; protected words are neither replaced nor inserted. `--meaning same` also protects colours, numbers,
+directions and negations, and requires that another caption of the image has the word beside the same neighbour.
+Variants are then filtered: the run's CLIP has to retrieve the image, or the captions have to contain all trigrams.
 """
 
 import csv
@@ -68,7 +66,7 @@ from utils.pretrained import load_tokenizer, load_transformers_model
 
 
 class TrigramProposals:
-    """Proposes the words that occur in the captions between the same two neighbours, weighted by their counts."""
+    """Proposes {word: count}: the words that occur in the captions between the same two neighbours."""
 
     def __init__(self, captions):
         self.between = defaultdict(Counter)
@@ -77,7 +75,6 @@ class TrigramProposals:
                 self.between[before, after][word] += 1
 
     def __call__(self, words, position):
-        """{word: weight} for the word at `position`."""
         before, _, after = trigrams(words)[position]
         return {word: count for word, count in self.between[before, after].items() if count >= MIN_COUNT}
 
@@ -87,22 +84,18 @@ class TrigramProposals:
 
 
 class MaskedModelProposals:
-    """Proposes what a masked language model predicts in place of a word; raises InputError."""
+    """Proposes {word: probability}: what a masked language model predicts in place of a word; raises InputError."""
 
     def __init__(self, name, device="cpu"):
         model, missing = load_transformers_model(AutoModelForMaskedLM, name, "model", "omit --model")
         self.tokenizer = load_tokenizer(name, "model", "omit --model")
-        missing -= set(getattr(model, "_tied_weights_keys", None) or ())
-        if missing:
-            raise InputError(
-                f"model is {name}, whose weights lack {sorted(missing)[0]}: without its language-modelling head it "
-                "would propose random words; give a masked language model, or omit --model"
-            )
+        if missing - set(getattr(model, "_tied_weights_keys", None) or ()):
+            problem = "without its language-modelling head it would propose random words"
+            raise InputError(f"model is {name}: {problem}; give a masked language model, or omit --model")
         self.model = model.to(device).eval()
 
     @torch.no_grad()
     def __call__(self, words, position):
-        """{word: probability} for the word at `position`."""
         tokenizer = self.tokenizer
         own = tokenizer(words[position], add_special_tokens=False)["input_ids"]
         if len(own) != 1:
@@ -167,7 +160,7 @@ def augment_captions(pairs, propose, meaning, seed=0, number=None, changes=1, kn
     order, at most `number` of them (None: no limit), none of them a caption of `pairs` or `known`."""
     rng, rows, known = np.random.default_rng(seed), [], {caption.lower() for caption in [*pairs.captions, *known]}
     for index in rng.permutation(len(pairs.captions)).tolist():
-        if number is not None and len(rows) == number:
+        if len(rows) == number:
             break
         image, caption = int(pairs.image_index[index]), pairs.captions[index]
         other_captions = [pairs.captions[j] for j in pairs.captions_of(image) if j != index]
@@ -196,7 +189,6 @@ def filter_variants(rows, meaning, trigram_proposals, pairs, run):
 
 
 def write_variants(path, rows, pairs, meaning):
-    """Write a CSV of images and variants (same meaning) or a list of variants (new meaning)."""
     with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         if meaning == "same":
             csv.writer(file).writerows([("image", "caption"), *((pairs.names[image], v) for image, _, v in rows)])
@@ -216,12 +208,11 @@ def main(argv=None):
     propose = MaskedModelProposals(arguments.model) if arguments.model else trigram_proposals
     rows = augment_captions(pairs, propose, meaning, arguments.seed, arguments.number, arguments.changes, held_out)
     kept = filter_variants(rows, meaning, trigram_proposals, pairs, arguments.run)
-    print(f"{len(kept)} of {len(rows)} variants pass the filter")
     if not kept:
         raise InputError("no caption has a variant that passes the filters: try --meaning new, or --model")
     path = arguments.output or {"same": "captions_same.csv", "new": "captions_new.txt"}[meaning]
     write_variants(path, kept, pairs, meaning)
-    print(f"{len(kept)} variants were written to {path}; up to 100 of them at random:\n")
+    print(f"{len(kept)} of {len(rows)} variants pass the filter and are in {path}; up to 100 of them at random:\n")
     for row in np.random.default_rng(arguments.seed).permutation(len(kept))[:100].tolist():
         print(f"{kept[row][1]}\n  -> {kept[row][2]}")
 

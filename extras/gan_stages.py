@@ -12,12 +12,10 @@ from utils.synthetic import generate_dataset
 
 
 def train_stages(config, train):
-    """Train all three stages; returns the results of the last. Stages 1 and 2 live in stage1/ of the run folder.
+    """Train all three stages with `train`, which is `main.train`; returns the results of the last.
 
-    Finished stages are not repeated. Bad settings of later stages are refused before anything is written.
-
-    Args:
-        train: `main.train`.
+    Stages 1 and 2 are in stage1/ of the run folder. Finished stages are not repeated. Bad settings of later stages are
+    refused before anything is written.
     """
     check_settings(config, mentions)
     if config.sample_images:
@@ -36,16 +34,10 @@ def train_stages(config, train):
     gan.train_gan(stage_1)
     print("\n==== stage 3 of 3: CLIP on real and generated images ====", flush=True)
     results = train(config)
-    compare_stages(Path(stage_1.run), config, results)
+    if read_json(Path(stage_1.run) / "config.json")["epochs"] == config.epochs:
+        baseline = read_json(Path(stage_1.run) / "results.json")
+        print(f"\n{'':<20}{'real images only':>20}{'with generated':>20}")
+        for name in ("text_to_image_R@1", "text_to_image_R@5", "image_to_text_R@1", "rsum"):
+            print(f"{name.replace('_', ' '):<20}{baseline[name]:>20.1f}{results[name]:>20.1f}")
+        print("(one seed each; benchmarks/gan_ablation.py compares over several seeds)", flush=True)
     return results
-
-
-def compare_stages(stage_1, config, results):
-    """Print the results without and with generated images side by side."""
-    if read_json(stage_1 / "config.json")["epochs"] != config.epochs:
-        return
-    baseline = read_json(stage_1 / "results.json")
-    print(f"\n{'':<20}{'real images only':>20}{'with generated':>20}")
-    for name in ("text_to_image_R@1", "text_to_image_R@5", "image_to_text_R@1", "rsum"):
-        print(f"{name.replace('_', ' '):<20}{baseline[name]:>20.1f}{results[name]:>20.1f}")
-    print("(one seed each; benchmarks/gan_ablation.py compares over several seeds)", flush=True)

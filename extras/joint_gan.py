@@ -16,10 +16,9 @@ discriminator D, a step minimises three losses, each with respect to its own par
     BCE of G                      no      yes     no     it passes through D
     CLIP guidance of G            no      yes     -      it passes through the EMA copy of CLIP
 
-A sum CE + lambda BCE over separate parameters would couple nothing: no gradient of one loss reaches the parameters of
-the other, and Adam, which normalises gradients, cancels lambda. Here CLIP is trained on images of G, and G is trained
-to match captions according to CLIP. Only the ratio of the terms of phi matters: mu is chosen in each step such that, at
-the images, the gradient of the second is `gan_clip_weight` times as long as that of the first.
+A sum CE + lambda BCE over separate parameters would couple nothing, and Adam, which normalises gradients, cancels
+lambda. Here CLIP is trained on images of G, and G to match captions according to CLIP. In each step mu is chosen such
+that, at the images, the gradient of the second term of phi is `gan_clip_weight` times as long as that of the first.
 """
 
 from functools import partial
@@ -31,8 +30,7 @@ from config import InputError
 from dataset import SIDED, TokenStore, pad_tokens
 from gan import GAN, GANAugmentation, clip_guidance
 from utils.device import autocast
-from utils.gan_checkpoint import load_checkpoint, save_generator
-from utils.gan_data import GANData
+from utils.gan_data import GANData, load_checkpoint, save_generator
 from utils.gan_settings import gan_settings
 from utils.runs import relative_path
 
@@ -52,22 +50,17 @@ class JointGAN(GANAugmentation):
         self.data = GANData(self.clip, pairs, config, SIDED, device)
         self.gan = GAN(self.generator.architecture, self.data.embeddings, config.gan_lr, device, amp_dtype)
         load_checkpoint(self.gan, folder)
-        optimizers = self.gan.generator_optimizer, self.gan.discriminator_optimizer
-        for optimizer, lr in zip(optimizers, (config.gan_lr, 2 * config.gan_lr), strict=True):
-            for group in optimizer.param_groups:  # the checkpoint holds the rates of the GAN's own training
-                group["lr"] = lr
+        self.gan.generator_optimizer.param_groups[0]["lr"] = config.gan_lr  # not those of the GAN's own training
+        self.gan.discriminator_optimizer.param_groups[0]["lr"] = 2 * config.gan_lr
         self.generator = self.gan.ema
         self.ema = ModelEmaV3(model, CLIP_EMA_DECAY, use_warmup=True, warmup_gamma=9, warmup_power=1.0)
         self.clip_ema = self.ema.module.requires_grad_(False)
         self.training_tokens = TokenStore(model.tokenizer, pairs.captions, model.max_length)
 
     def train_step(self, model, image_ids, step, progress):
-        """Update the EMA of CLIP and, while generated pairs are in use, train the GAN on images of CLIP's last batch.
-
-        Before, CLIP cannot yet tell which images match a caption.
-        """
+        """Update the EMA of CLIP and, while generated pairs are added, train the GAN on images of CLIP's last batch."""
         self.ema.update(model, step + 2)  # timm counts from 1 and only copies at 1
-        if not self.is_active(progress):
+        if not self.is_active(progress):  # before, CLIP cannot yet tell which images match a caption
             return
         batch = self.data.batch(image_ids.to(self.device)[: self.config.gan_batch_size])
         texts, weight = batch.mix(self.encode), self.config.gan_clip_weight
@@ -83,7 +76,6 @@ class JointGAN(GANAugmentation):
             return self.clip_ema.encode_text(input_ids.to(self.device), mask.to(self.device))
 
     def end_epoch(self, folder):
-        """Save the generator in `folder`/gan; returns statistics of the epoch."""
         save_generator(self.gan.ema, folder / "gan", conditioning_run=relative_path(self.clip_run, folder))
         return super().end_epoch(folder)
 

@@ -1,9 +1,9 @@
 """Match threshold: the cosine similarity from which a search result counts as a match.
 
-It is fitted to the validation split, where the matching images and captions are known. For every cosine on a grid the
-true positive rate is the share of queries whose matching result scores at least that, the false positive rate the share
-for which another candidate does. None of n other candidates does with probability (1 - false positive rate)^(n / N), N
-being the validation split's: the true negative rate. The threshold maximises the balanced accuracy, the mean of both.
+It is fitted to the validation split. For every cosine on a grid, the true positive rate is the share of queries whose
+matching result scores at least that, the false positive rate the share for which another candidate does. None of n
+others does with probability (1 - false positive rate)^(n / N), the true negative rate; N candidates are in the split.
+The threshold maximises the balanced accuracy, the mean of the true positive and the true negative rate.
 """
 
 import contextlib
@@ -29,15 +29,15 @@ def save_match_threshold(run, pairs, image_embeddings, text_embeddings):
     """Save the rates of a run after training, from the embeddings (N, D) and (T, D) of its validation split."""
     images = image_embeddings[:MAX_IMAGES]
     scores = text_embeddings[: pairs.caption_offsets[len(images)]] @ images.T
-    file = f"index/match_threshold-{model_hash(run)[:8]}.json"
-    write_json(Path(run) / file, fit_rates(scores, matching_pairs(pairs, *scores.shape)))
+    rates = fit_rates(scores, matching_pairs(pairs, *scores.shape))
+    write_json(Path(run) / f"index/match_threshold-{model_hash(run)[:8]}.json", rates)
 
 
 def load_match_rates(runs):
     """The rates of an ensemble of `search_index.Run`, fitted and saved at first use; None without validation images."""
     hashes = "-".join(run.hash[:8] for run in runs)
     path = runs[0].folder / f"match_threshold-{hashes}.json"
-    with contextlib.suppress(InputError, AttributeError, KeyError, TypeError, ValueError):  # missing or damaged
+    with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):  # missing or damaged
         content = read_json(path if path.exists() else path.with_name(f"calibration-{hashes}.json"))
         rates = {d: {OLD_NAMES.get(name, name): value for name, value in content[d].items()} for d in DIRECTIONS}
         values = np.array([rates[d][name] for d in DIRECTIONS for name in RATES], dtype=float)
@@ -62,7 +62,7 @@ def load_match_rates(runs):
 def matching_pairs(pairs, num_captions, num_images):
     """(T, N) booleans for the first captions and images: caption j, or one with the same words, belongs to image i."""
     texts = [" ".join(caption.lower().split()) for caption in pairs.captions[:num_captions]]
-    _, texts = np.unique(texts, return_inverse=True)
+    texts = np.unique(texts, return_inverse=True)[1]
     matches = torch.zeros(texts.max() + 1, num_images, dtype=torch.bool)
     matches[texts, pairs.image_index[:num_captions]] = True
     return matches[texts]
@@ -75,7 +75,7 @@ def fit_rates(scores, matches):
         rates[direction] = {"num_candidates": s.shape[1]}
         for name, excluded in zip(RATES, (~m, m), strict=True):
             best = np.sort(s.masked_fill(excluded, -2).amax(1).double().numpy())
-            rates[direction][name] = ((len(best) - np.searchsorted(best, GRID, side="left")) / len(best)).tolist()
+            rates[direction][name] = ((len(best) - np.searchsorted(best, GRID)) / len(best)).tolist()
     return rates
 
 

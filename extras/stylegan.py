@@ -13,10 +13,9 @@ from utils.gan_layers import CONDITION_DIM, NOISE_DIM, CaptionConditioning, leak
 
 
 class ModulatedConv(nn.Module):
-    """Convolution whose input channels are scaled by a style and whose output is demodulated to unit variance.
+    """Convolution (B, C, S, S) -> (B, C', S, S), modulated by a style and demodulated to unit variance.
 
-    Section 2.2 of the paper, computed as scaling, convolution and rescaling, with the same result. (B, C, S, S) ->
-    (B, C', S, S).
+    Section 2.2 of the paper, computed as scaling, convolution and rescaling, with the same result.
     """
 
     def __init__(self, channels, out, kernel=3, demodulate=True):
@@ -52,18 +51,16 @@ class StyleBlock(nn.Module):
 
 
 class StyleGenerator(nn.Module):
-    """Mapping network, learned constant and modulated convolutions.
+    """Mapping network, learned constant and modulated convolutions, without per-pixel noise and style mixing.
 
-    The caption is concatenated after the mapping network, as in StyleGAN-T (arXiv:2301.09515), so that the mapping
-    cannot discard it. There is no per-pixel noise, no style mixing and no path-length penalty.
+    The mapping cannot discard the caption: it is concatenated afterwards, as in StyleGAN-T (arXiv:2301.09515).
     """
 
     def __init__(self, size, width, dim):
         super().__init__()
         self.caption = CaptionConditioning(dim)
-        self.mapping = nn.Sequential(
-            nn.Linear(NOISE_DIM, NOISE_DIM), nn.LeakyReLU(0.2), nn.Linear(NOISE_DIM, NOISE_DIM)
-        )
+        layers = nn.Linear(NOISE_DIM, NOISE_DIM), nn.LeakyReLU(0.2), nn.Linear(NOISE_DIM, NOISE_DIM)
+        self.mapping = nn.Sequential(*layers)
         channels = stage_channels(size, width)
         self.constant = nn.Parameter(torch.randn(1, channels[0], 4, 4))
         self.first = ModulatedConv(channels[0], channels[0])

@@ -1,6 +1,8 @@
 """Zero-shot classification (Radford et al. 2021, section 3.1): the label with the most similar prompt is predicted."""
 
 import csv
+import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,18 +10,20 @@ import torch
 import torch.nn.functional as F
 
 from config import InputError
+from dataset import check_files
 from extras.search_index import embed_readable, scan_images
 from inference import is_image_name
 from utils.embed import embed_captions
+from utils.files import read_text
+from utils.plotting import MATCH, WEAK, plot_bars, plot_confusion, report_plot
 
 TEMPLATES = ("a photo of a {}", "a picture of a {}", "a {}", "{}")
 
 
 def label_embeddings(model, labels, templates=TEMPLATES):
     """(K, D) unit vectors of K labels: the mean over the prompts (prompt ensembling, section 3.1.4)."""
-    for template in templates:
-        if "{}" not in template:
-            raise InputError(f"template is {template!r}: it should contain {{}} in place of the label")
+    if not all("{}" in template for template in templates):
+        raise InputError(f"template is {', '.join(templates)}: it should contain {{}} in place of the label")
     prompts = [template.replace("{}", label) for label in labels for template in templates]
     embeddings = embed_captions(model, prompts).view(len(labels), len(templates), -1)
     return F.normalize(embeddings.mean(1), dim=-1)
@@ -32,11 +36,11 @@ def label_logits(models, image_files, labels, templates=TEMPLATES):
 
 def embedding_logits(models, image_embeddings, labels, templates=TEMPLATES):
     """As `label_logits`, from the unit vectors (N, D) of each model."""
-    logits = []
-    for model, images in zip(models, image_embeddings, strict=True):
-        cosines = images @ label_embeddings(model, labels, templates).T
-        logits.append((model.logit_scale.exp() * cosines).detach().cpu())
-    return torch.stack(logits).mean(0)
+    text_embeddings = [label_embeddings(model, labels, templates) for model in models]
+    parts = zip(models, image_embeddings, text_embeddings, strict=True)
+    return torch.stack([(m.logit_scale.exp() * (images @ texts.T)).detach().cpu() for m, images, texts in parts]).mean(
+        0
+    )
 
 
 def parse_labels(text):
@@ -58,9 +62,8 @@ def read_labelled_images(source, image_path=None):
     if not source.is_file():
         raise InputError(f"zero_shot is {source}: give a folder with one subfolder per label, or a CSV file")
     try:
-        with open(source, encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        rows = list(csv.DictReader(io.StringIO(read_text(source), newline="")))
+    except csv.Error as error:
         raise InputError(f"{source} cannot be read as CSV ({error})") from None
     if not rows or not {"image", "label"} <= set(rows[0]):
         raise InputError(f"{source} should start with a header with the columns `image` and `label`, then rows")
@@ -75,15 +78,46 @@ def read_labelled_images(source, image_path=None):
 
 def evaluate_labels(logits, truth, labels):
     """Accuracy over N images and its mean over K labels (per cent), and the confusion counts (K, K); logits (N, K)."""
-    rows = np.array([labels.index(label) for label in truth])
-    predicted = logits.argmax(1).numpy()
+    rows, predicted = np.array([labels.index(label) for label in truth]), logits.argmax(1).numpy()
     confusion = np.zeros((len(labels), len(labels)), dtype=int)
     np.add.at(confusion, (rows, predicted), 1)
-    present = confusion.sum(1) > 0
+    shares = confusion.diagonal() / np.maximum(confusion.sum(1), 1)
     return {
         "images": len(rows),
         "labels": labels,
         "accuracy": 100 * float((rows == predicted).mean()),
-        "mean_label_accuracy": 100 * float((confusion.diagonal()[present] / confusion.sum(1)[present]).mean()),
+        "mean_label_accuracy": 100 * float(shares[confusion.sum(1) > 0].mean()),
         "confusion": confusion.tolist(),
     }
+
+
+def classify(models, arguments):
+    """Print and plot the probability of each label for an image."""
+    image, labels = Path(arguments.image), parse_labels(arguments.labels)
+    logits = label_logits(models, [image], labels, arguments.template or TEMPLATES)[0]
+    probabilities, order = (values.tolist() for values in logits.softmax(0).sort(descending=True))
+    labels = [labels[i] for i in order]
+    results = [{"label": label, "probability": p} for label, p in zip(labels, probabilities, strict=True)]
+    lines = "\n".join(f"{result['probability']:.4f}\t{result['label']}" for result in results)
+    print(json.dumps({"image": image.as_posix(), "labels": results}) if arguments.json else lines)
+    colors, path = [MATCH] + [WEAK] * (len(labels) - 1), arguments.output
+    report_plot("labels", path, plot_bars(image, image.name, labels, probabilities, colors, path))
+
+
+def evaluate_zero_shot(models, arguments):
+    """Print the accuracy on labelled images, and plot the confusion matrix."""
+    files, truth = read_labelled_images(arguments.zero_shot, arguments.image_path)
+    check_files(files)
+    known = sorted(set(truth))
+    labels = parse_labels(arguments.labels) if arguments.labels else known
+    if len(labels) < 2 or not set(known) <= set(labels):
+        given = ", ".join(labels)
+        raise InputError(f"labels are {given}: give two or more, with all labels of the images ({', '.join(known)})")
+    logits = label_logits(models, files, labels, arguments.template or TEMPLATES)
+    readable = (~logits[:, 0].isnan()).nonzero()[:, 0]
+    results = evaluate_labels(logits[readable], [truth[i] for i in readable], labels)
+    summary = f"accuracy {results['accuracy']:.1f}% on {len(readable)} images"
+    mean = f"mean over the {len(labels)} labels {results['mean_label_accuracy']:.1f}%"
+    print(json.dumps(results) if arguments.json else f"{summary} ({mean})")
+    plot_confusion(results["confusion"], labels, arguments.output, summary)
+    report_plot("confusion matrix", arguments.output)

@@ -172,7 +172,7 @@ def test_forward_encodes_a_batch_or_takes_precomputed_features(tiny_model):
     tokens = model.tokenizer(["A red circle .", "on grass", "a star"], padding=True, return_tensors="pt")
     with torch.no_grad():
         expected = model.encode_image(images), model.encode_text(tokens.input_ids, tokens.attention_mask)
-        image_features = model.image_features(images)
+        image_features = model.image_encoder(images)
         text_features = model.text_encoder(tokens.input_ids, tokens.attention_mask)
         rows = {"image_index": torch.arange(3), "image_ids": torch.arange(3)}
         text = {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}

@@ -400,9 +400,12 @@ def test_pair_targets_of_concatenated_batches():
     targets = pair_targets([first, second])
     assert targets["image_index"].tolist() == [0, 0, 1, 2, 3, 3, 4]
     assert targets["image_ids"].tolist() == [7, 8, 8, 5, -1]
-    assert targets["weights"] is None
+    assert targets["weights"].tolist() == [1] * 5
     second.weights = torch.tensor([0.5, 0.25, 0.5])
     assert pair_targets([first, second])["weights"].tolist() == [1, 1, 0.5, 0.25, 0.5]
+    alone = pair_targets([first])
+    assert (alone["image_index"].tolist(), alone["image_ids"].tolist()) == ([0, 0, 1], [7, 8])
+    assert alone["weights"] is None  # all 1
 
 
 def test_batch_to_moves_every_tensor_and_keeps_what_is_missing():

@@ -20,13 +20,13 @@ import gan
 import main
 from clip import contrastive_loss, load_model
 from config import InputError
-from dataset import filter_pairs, load_splits, pair_targets
+from dataset import Batch, filter_pairs, load_splits, pair_targets
 from utils.embed import embed_captions
 from utils.files import read_json, write_json
+from utils.gan_data import augment
 from utils.gan_layers import NOISE_DIM, CaptionConditioning
 from utils.gan_settings import gan_settings
 from utils.grad_cache import cached_backward
-from utils.image_ops import augment
 from utils.runs import resolve_run
 
 
@@ -471,7 +471,7 @@ def test_batchnorm_statistics_stay_those_of_real_images(with_gan):
 
 def backward(model, batch, generated):
     """The backward pass of `main.train_one_epoch`; returns the loss."""
-    embeddings = main.encode(model, batch, generated)
+    embeddings = main.encode(model, batch, generated, CPU, None)
     loss = contrastive_loss(*embeddings, model.logit_scale, **pair_targets([batch, *generated]))
     loss.backward()
     return loss
@@ -543,7 +543,7 @@ def test_ratio_too_small_for_the_batch_is_refused(with_gan, monkeypatch):
         build(with_gan(gan_ratio=0.2, batch_size=4))
     _, augmentation, _ = build(with_gan(gan_ratio=0.25, batch_size=8))
     monkeypatch.setattr("utils.clip_filter.rank_and_world_size", lambda: (0, 2))  # four real images for each
-    with pytest.raises(InputError, match="fewer than two generated images to a process's batch of 4"):
+    with pytest.raises(InputError, match="fewer than two generated images for a process's batch of 4"):
         gan.GANAugmentation(augmentation.config, load_splits(augmentation.config)["train"], None, None, None)
 
 

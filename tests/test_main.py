@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 import clip
 import inference
 import main
+import modules
 from config import PRESETS, DivergenceError, build_config
-from dataset import load_splits
+from dataset import derive_seed, load_splits
 from main import build_ema, build_optimizer, build_scheduler
 from utils.files import read_json
-from dataset import derive_seed
 
 METRICS = {f"{way}_R@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
 METRICS |= {"image_to_text_median_rank", "text_to_image_median_rank", "rsum"}
@@ -162,14 +162,14 @@ def test_evaluate_computes_the_loss_of_consecutive_batches(tiny_config, fit):
 def test_frozen_encoders_run_once_and_stay_unchanged(tiny_config, tmp_path, monkeypatch, fit):
     config = pretrained_config(tiny_config, tmp_path, trainable=False, epochs=3, head_lr=1e-2)
     encoded, before = [], {}
-    encode, build_model = clip.CLIP.image_features, main.build_model
+    forward, build_model = modules.ImageEncoder.forward, main.build_model
 
     def build(*arguments):
         model = build_model(*arguments)
         before.update({name: tensor.clone() for name, tensor in model.state_dict().items()})
         return model
 
-    monkeypatch.setattr(clip.CLIP, "image_features", lambda model, x: encoded.append(len(x)) or encode(model, x))
+    monkeypatch.setattr(modules.ImageEncoder, "forward", lambda e, x: encoded.append(len(x)) or forward(e, x))
     monkeypatch.setattr(main, "build_model", build)
     state, splits = fit(config)
     assert sum(encoded) == 24 + 8  # training and validation images, once in three epochs

@@ -1,9 +1,10 @@
-"""Reading captions files and lists of captions."""
+"""Captions files, lists of captions, and a tokenizer built from captions."""
 
 import csv
 import io
 import re
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from collections import Counter
+from pathlib import Path, PureWindowsPath
 
 import pandas as pd
 
@@ -14,23 +15,19 @@ CAPTION_FILES = ("captions.txt", "captions.csv", "Flickr8k.token.txt")
 MISSING_IMAGES = {"2258277193_586949ec62.jpg.1"}  # in Flickr8k.token.txt with five captions, in no archive
 MAX_WORDS = 1000  # a longer "caption" comes from an unclosed quote
 FLICKR8K_HELP = (
-    "Flickr8k is available on Kaggle (search for 'flickr 8k dataset'): unpack it and give "
-    "--image_path .../Images --captions_path .../captions.txt. "
-    "To try the program without it: python main.py --preset demo"
+    "Flickr8k is available on Kaggle (search for 'flickr 8k dataset'): unpack it and give --image_path .../Images "
+    "--captions_path .../captions.txt. To try the program without it: python main.py --preset demo"
 )
 
 
 def find_captions_file(path):
     """The captions file at `path`, which may be the file itself or the folder that contains it."""
     path = Path(path)
-    if path.is_file():
-        return path
-    if path.is_dir():
-        for name in CAPTION_FILES:
-            if (path / name).is_file():
-                return path / name
-        raise InputError(f"captions_path is {path}, a folder without {', '.join(CAPTION_FILES)}. {FLICKR8K_HELP}")
-    raise InputError(f"captions_path is {path}, which does not exist. {FLICKR8K_HELP}")
+    for file in (path, *(path / name for name in CAPTION_FILES)):
+        if file.is_file():
+            return file
+    problem = f"a folder without {', '.join(CAPTION_FILES)}" if path.is_dir() else "which does not exist"
+    raise InputError(f"captions_path is {path}, {problem}. {FLICKR8K_HELP}")
 
 
 def read_captions(path):
@@ -51,32 +48,21 @@ def read_captions(path):
     elif re.match(r"[^\t]+#\d+\t", first_line):
         rows = read_token_rows(path, text)
     else:
-        raise InputError(
-            f"{path} starts with {header[:4]}: it should start with a header that contains `image` and `caption`, or "
-            "hold lines of `name.jpg#0<TAB>caption`"
-        )
-    frame = pd.DataFrame(check_rows(path, rows), columns=["image", "caption"])
-    if frame.empty:
-        raise InputError(f"{path} holds no captions")
-    return frame
+        expected = "a header with `image` and `caption`, or lines of `name.jpg#0<TAB>caption`"
+        raise InputError(f"{path} starts with {header[:4]}: it should start with {expected}")
+    return pd.DataFrame(check_rows(path, rows), columns=["image", "caption"])
 
 
 def read_csv_rows(path, text, columns):
-    """Yield (line number, image, caption).
-
-    Not with `pd.read_csv`: it fills short rows, takes the columns of long ones for an index, and loses the line
-    numbers of the messages.
-    """
+    """Yield (line number, image, caption); `pd.read_csv` would fill short rows and shift long ones."""
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
     try:
         rows = (row for row in reader if "".join(row).strip())
         next(rows)  # the header
         for row in rows:
             if len(row) != len(columns):
-                raise InputError(
-                    f"{path} line {reader.line_num}: {len(row)} columns instead of {len(columns)}; "
-                    "a caption with a comma needs quotes around it"
-                )
+                found = f"{len(row)} columns instead of {len(columns)}"
+                raise InputError(f"{path} line {reader.line_num}: {found}; a caption with commas needs quotes")
             yield reader.line_num, row[columns.index("image")], row[columns.index("caption")]
     except csv.Error as error:
         raise InputError(f"{path} line {reader.line_num} cannot be read as CSV ({error})") from None
@@ -96,37 +82,30 @@ def check_rows(path, rows):
     pairs, blank = [], {}
     for number, image, caption in rows:
         image, caption = image.strip(), " ".join(caption.split())
+        windows = PureWindowsPath(image)  # parses the paths of all systems
         if image in MISSING_IMAGES:
             continue
-        if is_outside(image):
+        if not image or windows.anchor or ".." in windows.parts:  # absolute, or leaves the folder
             raise InputError(f"{path} line {number}: the image name {image!r} does not lie inside the image folder")
-        if not caption:
+        if (n := caption.count(" ") + 1) > MAX_WORDS:
+            raise InputError(f"{path} line {number}: a caption of {n:,} words (at most {MAX_WORDS:,}): unclosed quote?")
+        if caption:
+            pairs.append((image, caption))
+        else:
             blank.setdefault(image, number)
-            continue
-        if caption.count(" ") >= MAX_WORDS:
-            raise InputError(
-                f"{path} line {number}: a caption of {caption.count(' ') + 1:,} words (at most {MAX_WORDS:,}); "
-                "is there an unclosed quote?"
-            )
-        pairs.append((image, caption))
     without = sorted(set(blank) - {image for image, _ in pairs})
     if without:
         more = f" ({len(without) - 1} more images have none)" if len(without) > 1 else ""
         raise InputError(f"{path} line {blank[without[0]]}: image {without[0]!r} has no caption{more}")
+    if not pairs:
+        raise InputError(f"{path} holds no captions")
     return pairs
-
-
-def is_outside(name):
-    """True if an image name is empty, absolute, or leaves its folder, on any operating system."""
-    windows = PureWindowsPath(name)
-    return not name or bool(windows.drive or windows.root) or ".." in windows.parts or PurePosixPath(name).is_absolute()
 
 
 def read_caption_list(path):
     """The different captions of a text file and the group of each, two lists; raises InputError.
 
-    A line is a caption, or a group name, a tab and a caption: the captions of a group have the same meaning. A
-    caption without a group is a group of its own.
+    A line is a caption, or a group name, a tab and a caption: the captions of a group have the same meaning.
     """
     if not Path(path).is_file():
         raise InputError(f"gan_captions is {path}, which is not a file: give a text file with one caption a line")
@@ -148,3 +127,24 @@ def group_captions(captions, groups, pairs):
     numbers = {group: -1 - number for number, group in enumerate(dict.fromkeys(groups))}
     numbers |= {group: known[caption] for caption, group in zip(captions, groups, strict=True) if caption in known}
     return [known.get(caption, numbers[group]) for caption, group in zip(captions, groups, strict=True)]
+
+
+def train_tokenizer(captions, vocab_size=30_000):
+    """A lower-casing WordPiece tokenizer of the words that occur twice, and of the characters that spell the others."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+    normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    texts = map(normalizer.normalize_str, captions)
+    words = Counter(word for text in texts for word, _ in splitter.pre_tokenize_str(text))
+    characters = sorted({character for word in words for character in word})
+    frequent = [word for word, count in sorted(words.items(), key=lambda item: (-item[1], item[0])) if count > 1]
+    # The trainer of the tokenizers library breaks ties at random; here the order is defined.
+    pieces = [*names.values(), *characters, *(f"##{character}" for character in characters), *frequent]
+    vocabulary = {piece: number for number, piece in enumerate(list(dict.fromkeys(pieces))[:vocab_size])}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
+    ends = [(name, vocabulary[name]) for name in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)

@@ -17,6 +17,8 @@ POSITION = ("epoch", "batch", "step", "best_rsum", "history")
 def create_run_folder(folder, config):
     """Create the run folder with config.json, and check that all processes see it."""
     if is_first_process():
+        for temporary in folder.glob(".*.tmp"):  # left by a killed process
+            temporary.unlink(missing_ok=True)
         write_json(folder / "config.json", {**vars(config), "resume": False})
     if process_group():
         torch.distributed.barrier()

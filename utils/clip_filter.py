@@ -1,7 +1,4 @@
-"""What `--gan pairs` generates: the choice of captions, and the CLIP filter for the images.
-
-Shapes: B images, T captions, R distractors, D width of CLIP's shared space.
-"""
+"""What `--gan pairs` generates: the choice of captions, and the CLIP filter for the images."""
 
 import torch
 
@@ -9,29 +6,24 @@ from config import InputError
 from utils.captions import group_captions, read_caption_list
 from utils.device import autocast
 from utils.distributed import rank_and_world_size
+from utils.embed import embed_captions
 
 NUM_CAPTIONS = 100  # that are ranked for an image: its own and 99 distractors
 
 
 class CLIPFilter:
-    """Keeps generated images whose caption a trained CLIP ranks in the top k of it and its 99 hardest distractors.
+    """Keeps generated images whose caption `clip` ranks in the top k of it and its hardest distractors.
 
-    Distractors are captions of other image ids. The hardest are those most similar to the caption: with any others,
-    images with the right colours alone would pass.
-
-    Args:
-        embeddings: (T, D) of the captions, which are also distractors of each other.
-        image_ids: (T,) their image ids.
+    Distractors are captions of other image ids. The hardest are the most similar to the caption: with others, images
+    with the right colours alone would pass. embeddings: (T, D) of the captions; image_ids: (T,) of their images.
     """
 
-    def __init__(self, clip, embeddings, image_ids, top_k, amp_dtype):
-        self.clip, self.embeddings, self.image_ids = clip, embeddings, image_ids
-        self.top_k, self.amp_dtype = top_k, amp_dtype
-        self.distractors, self.distractor_ids = embeddings, image_ids  # (R, D), (R,)
-
-    def add_distractors(self, embeddings, image_ids):
-        self.distractors = torch.cat([self.distractors, embeddings])
-        self.distractor_ids = torch.cat([self.distractor_ids, image_ids])
+    def __init__(self, clip, embeddings, image_ids, pairs, config, amp_dtype):
+        self.clip, self.top_k, self.amp_dtype = clip, config.gan_filter_top_k, amp_dtype
+        self.embeddings, self.image_ids = self.distractors, self.distractor_ids = embeddings, image_ids
+        if config.gan_captions:  # too few, or too different from each other, to be the only distractors
+            self.distractors = torch.cat([embeddings, embed_captions(clip, pairs.captions)])  # (R, D)
+            self.distractor_ids = torch.cat([image_ids, torch.from_numpy(pairs.image_index).to(image_ids.device)])
 
     @torch.no_grad()
     def __call__(self, images, captions):
@@ -47,12 +39,12 @@ class CLIPFilter:
 
 
 def captions_to_generate(config, pairs, words, mentions):
-    """The captions to generate images for and their image ids, two lists; raises InputError for fewer than two.
+    """The captions of `config.gan_captions` or `pairs` that contain one of `words`, and their image ids, two lists.
 
-    Those of `config.gan_captions`, or the training captions `pairs`, that contain one of `words` (all, if there are
-    none). The id is the number of the training image that has a caption of the same group, or negative.
+    No words: all captions. The id is the number of the training image that has a caption of the same group, or
+    negative. Raises InputError for fewer than two captions.
     """
-    captions, image_ids = list(pairs.captions), pairs.image_index.tolist()
+    captions, image_ids = pairs.captions, pairs.image_index.tolist()
     if config.gan_captions:
         captions, groups = read_caption_list(config.gan_captions)
         image_ids = group_captions(captions, groups, pairs)
@@ -72,8 +64,8 @@ def check_settings(config, mentions):
     images = config.batch_size // rank_and_world_size()[1]
     if config.gan_ratio and round(config.gan_ratio * images) < 2:
         raise InputError(
-            f"gan_ratio is {config.gan_ratio:g}, which adds fewer than two generated images to a process's batch of "
-            f"{images}: give a larger gan_ratio or batch_size, or --gan none"
+            f"gan_ratio is {config.gan_ratio:g}, fewer than two generated images for a process's batch of {images}: "
+            "give a larger gan_ratio or batch_size, or --gan none"
         )
     if config.gan == "joint" and not config.gan_run and config.gan_subset:
         raise InputError("gan_subset requires --gan pairs: in joint training CLIP and the GAN share the images")

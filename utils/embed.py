@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from utils.device import autocast
 from utils.distributed import all_gather_rows, is_first_process, process_group, rank_and_world_size
-from utils.image_store import EvaluationImages, prepare_worker
+from utils.image_cache import EvaluationImages, prepare_worker
 
 
 @torch.no_grad()
@@ -68,34 +68,25 @@ def precompute_features(model, splits, amp_dtype, config):
     """Encode the training and validation split once with each encoder that is not trained."""
     for split in ("train", "validation"):
         pairs, desc = splits[split], f"encoding {split}" if is_first_process() else None
-        if not config.encoder_flag("trainable", "image"):
-            pairs.image_features = encode_images(model, pairs, model.image_encoder, amp_dtype, config, desc)
-        if not config.encoder_flag("trainable", "text"):
-            pairs.text_features = encode_captions(model, pairs, model.text_encoder, amp_dtype, config, desc)
-    train = splits["train"]  # kept in main memory: they may be many
-    train.image_features = None if train.image_features is None else train.image_features.cpu()
-    train.text_features = None if train.text_features is None else train.text_features.cpu()
+        for encoder, module in (("image", model.image_encoder), ("text", model.text_encoder)):
+            if not config.encoder_flag("trainable", encoder):
+                features = encode_split(model, pairs, encoder, module, amp_dtype, config, desc)
+                # Those of the training split are kept in main memory: they may be many.
+                setattr(pairs, f"{encoder}_features", features.cpu() if split == "train" else features)
 
 
-def encode_images(model, pairs, function, amp_dtype, config, desc=None):
-    """`function` of every image of a split; the processes share the work."""
-    dataset = EvaluationImages(pairs.images, own_share(len(pairs.files)), config.size)
-    workers = 0 if pairs.images.cache else config.num_workers
+def encode_split(model, pairs, encoder, function, amp_dtype, config, desc=None):
+    """`function` of every image ("image") or caption ("text") of a split; the processes share the work."""
+    own = own_share(len(pairs.files if encoder == "image" else pairs.captions))
+    if encoder == "image":
+        dataset, collate_fn = EvaluationImages(pairs.images, own, config.size), None
+        workers = 0 if pairs.images.cache else config.num_workers
+    else:
+        dataset = CaptionDataset(pairs.captions[own.start : own.stop], model.tokenizer, model.max_length)
+        workers, collate_fn = 0, dataset.collate
     batch_size = min(config.micro_batch_size or config.batch_size, 256)
     model.eval()
-    found = encode_dataset(function, dataset, model.device, amp_dtype, batch_size, workers, desc)
-    return all_gather_rows(found, process_group())
-
-
-def encode_captions(model, pairs, function, amp_dtype, config, desc=None):
-    """`function` of every caption of a split; the processes share the work."""
-    own = own_share(len(pairs.captions))
-    dataset = CaptionDataset(pairs.captions[own.start : own.stop], model.tokenizer, model.max_length)
-    batch_size = min(config.micro_batch_size or config.batch_size, 256)
-    model.eval()
-    found = encode_dataset(
-        function, dataset, model.device, amp_dtype, batch_size, desc=desc, collate_fn=dataset.collate
-    )
+    found = encode_dataset(function, dataset, model.device, amp_dtype, batch_size, workers, desc, collate_fn)
     return all_gather_rows(found, process_group())
 
 
@@ -109,12 +100,14 @@ def own_share(number):
 def embed_split(model, pairs, amp_dtype, config):
     """Embeddings of a split: (N, D) of its images and (T, D) of its captions."""
     model.eval()
-    if pairs.image_features is not None:
-        image_embeddings = model.project_image(pairs.image_features.to(model.device))
-    else:
-        image_embeddings = encode_images(model, pairs, model.encode_image, amp_dtype, config)
-    if pairs.text_features is not None:
-        text_embeddings = model.project_text(pairs.text_features.to(model.device))
-    else:
-        text_embeddings = encode_captions(model, pairs, model.encode_text, amp_dtype, config)
-    return image_embeddings, text_embeddings
+    embeddings = []
+    for encoder, project, encode in (
+        ("image", model.project_image, model.encode_image),
+        ("text", model.project_text, model.encode_text),
+    ):
+        features = getattr(pairs, f"{encoder}_features")
+        if features is None:
+            embeddings.append(encode_split(model, pairs, encoder, encode, amp_dtype, config))
+        else:
+            embeddings.append(project(features.to(model.device)))
+    return tuple(embeddings)

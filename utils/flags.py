@@ -9,15 +9,10 @@ import textwrap
 
 from config import PRESETS, RENAMED, Config, InputError, kind_of, legal_values
 
+BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False, "none": None}
 # The first setting of each group in --help.
-HELP_GROUPS = {
-    "image_path": "paths",
-    "size": "data",
-    "model_name": "model",
-    "epochs": "optimisation",
-    "gan": "GAN stage",
-    "device": "device and precision",
-}
+HELP_GROUPS = {"image_path": "paths", "size": "data", "model_name": "model", "epochs": "optimisation"}
+HELP_GROUPS |= {"gan": "GAN stage", "device": "device and precision"}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -36,78 +31,50 @@ class OneLineParser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-class BooleanFlag(argparse.BooleanOptionalAction):
-    """`--name`, `--no-name`, or with a value: `--name true`, `--name false`; `none` where a setting may be None."""
-
-    VALUES = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False, "none": None}
-
-    def __init__(self, option_strings, dest, **options):
-        super().__init__(option_strings, dest, **options)
-        self.nargs, self.metavar = "?", "true|false"
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        text = "true" if values is None else values.lower()
-        if text not in self.VALUES:
-            parser.error(f"{self.dest} is {values!r}: it must be true or false")
-        value = self.VALUES[text]
-        setattr(namespace, self.dest, (not value) if option_string.startswith("--no-") else value)
-
-
-class HelpFormatter(argparse.HelpFormatter):
-    def _format_action_invocation(self, action):
-        if isinstance(action, BooleanFlag):  # without the optional value
-            return ", ".join(action.option_strings)
-        return super()._format_action_invocation(action)
-
-
 def flag_type(field):
     """The conversion of a flag's text; its range is checked by `check_config`."""
     kind = kind_of(field)
 
     def convert(text):
         try:
-            return kind(text)
-        except ValueError:
+            return BOOLEANS[text.lower()] if kind is bool else kind(text)
+        except (ValueError, KeyError):
             raise argparse.ArgumentTypeError(f"{text!r} is not {legal_values(field)}") from None
 
     return convert
 
 
 def add_flags(parser, shown=None):
-    """One flag per setting, in groups; `shown`: the settings that appear in --help, by default all."""
+    """One flag per setting, in groups, and `--no-<name>`; `shown`: the settings that appear in --help, default all."""
     group = None
     for field in dataclasses.fields(Config):
         if field.name in HELP_GROUPS:
             group = parser.add_argument_group(HELP_GROUPS[field.name])
-        meta, options = field.metadata, {"default": argparse.SUPPRESS}
-        if kind_of(field) is bool:
-            options["action"] = BooleanFlag
-        else:
-            options["type"] = flag_type(field)
-            options |= {"choices": meta["choices"]} if meta["choices"] else {"metavar": kind_of(field).__name__}
+        meta, kind = field.metadata, kind_of(field)
         legal = f"{meta['low']} to {meta['high']}, " if meta["low"] is not None else ""
         default = repr(field.default) if shown is None else "that of the run"
-        options["help"] = f"{meta['meaning']} ({legal}default: {default})".replace("%", "%%")
-        if shown is not None and field.name not in shown:
-            options["help"] = argparse.SUPPRESS
+        text = f"{meta['meaning']} ({legal}default: {default})".replace("%", "%%")
+        options = {"type": flag_type(field), "default": argparse.SUPPRESS}
+        options["help"] = text if shown is None or field.name in shown else argparse.SUPPRESS
+        options |= {"choices": meta["choices"]} if meta["choices"] else {"metavar": kind.__name__}
+        if kind is bool:
+            options |= {"nargs": "?", "const": True, "metavar": "true|false"}
+            hidden = {"action": "store_false", "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+            group.add_argument(f"--no-{field.name}", dest=field.name, **hidden)
         group.add_argument(f"--{field.name}", **options)
 
 
 def parse_flags(argv=None, prog="main.py", description="Train CLIP on captioned images.", shown=None):
-    """The settings given on a command line, and where each comes from; `--help` prints them all and exits.
+    """The settings of a command line, {name: value}, and their sources, {name: "preset <name>" or "flag"}.
 
-    Args:
-        shown: the settings that a command for an existing run has; such a command has no presets.
-
-    Returns:
-        ({name: value}, {name: "preset <name>" or "flag"}).
+    shown: the settings of a command for an existing run, which has no presets.
     """
     parser = OneLineParser(
         prog=prog,
         usage=f"{prog} [--setting value ...]",
-        description=description,
+        description=f"{description} Boolean settings: --name or --no-name.",
         allow_abbrev=False,
-        formatter_class=functools.partial(HelpFormatter, max_help_position=34),
+        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=34),
     )
     if shown is None:
         parser.add_argument("--preset", choices=sorted(PRESETS), help="several settings at once; flags override it")

@@ -1,6 +1,6 @@
-"""Data of the GAN's training, and its log.
+"""The data of the GAN's training, its log, and its files in <run>/gan.
 
-Shapes: N images, T captions, B images of a batch, K hard negatives, D width of CLIP's shared space, S resolution.
+Shapes: T captions, B images of a batch, K hard negatives, D width of CLIP's shared space, S resolution.
 """
 
 from typing import NamedTuple
@@ -8,11 +8,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from config import DivergenceError, InputError
+from utils.checkpoint import read_checkpoint, write_history
 from utils.embed import embed_captions
-from utils.image_cache import build_image_cache, storage_resolution
-from utils.image_store import ImageStore, resize_image
+from utils.files import atomic_write, read_json, write_json
+from utils.image_cache import ImageStore, build_image_cache, resize_image, storage_resolution
 from utils.plotting import plot_gan_samples
 
 MAX_BYTES = 16e9  # of images on the device
@@ -37,16 +40,24 @@ class GANBatch(NamedTuple):
 class GANData:
     """The images of a split at the GAN's resolution and the embeddings of their captions, on the device.
 
-    Args:
-        clip: the model that embeds the captions.
-        pairs: the `dataset.Pairs` of the split.
-        sided: a compiled pattern of the words for left and right.
-
-    Raises InputError if the images do not fit into memory.
+    sided: a compiled pattern of the words for left and right. Raises InputError for more than MAX_BYTES.
     """
 
     def __init__(self, clip, pairs, config, sided, device):
-        self.images = torch.from_numpy(resized_images(pairs.files, config)).permute(0, 3, 1, 2).to(device)
+        size, cache, num_bytes = config.gan_size, None, len(pairs.files) * 3 * config.gan_size**2
+        if num_bytes > MAX_BYTES:
+            raise InputError(
+                f"the GAN keeps all images in memory: {len(pairs.files)} images at {size} pixels need "
+                f"{num_bytes / 1e9:.0f} GB (at most {MAX_BYTES / 1e9:.0f} GB): give --gan_subset"
+            )
+        resolution = max(storage_resolution(config.size), size)
+        if config.cache_images:
+            cache = build_image_cache(pairs.files, resolution, config.cache_path, config.num_workers)
+        store = ImageStore(pairs.files, resolution, cache)
+        images = torch.empty((len(pairs.files), size, size, 3), dtype=torch.uint8)
+        for number, image in enumerate(images):
+            image.copy_(torch.from_numpy(resize_image(store[number], size)))
+        self.images = images.permute(0, 3, 1, 2).to(device)
         self.captions, self.embeddings = pairs.captions, embed_captions(clip, pairs.captions).to(device)  # (T, D)
         self.sided = torch.tensor([bool(sided.search(caption)) for caption in pairs.captions], device=device)
         self.image_index = torch.from_numpy(pairs.image_index).to(device)
@@ -57,7 +68,7 @@ class GANData:
         return self.embeddings[captions]
 
     def sample_embeddings(self, count=100):
-        """(count, D) embeddings of the first caption of `count` images, or of all if there are fewer."""
+        """(count, D) embeddings of the first caption of at most `count` images."""
         return self.embeddings[self.caption_offsets[:-1][:count]]
 
     def batch(self, images):
@@ -83,8 +94,8 @@ class GANData:
     def hard_negatives(self, images, captions):
         """(B, K) captions of other images: of random candidates, those most similar to `captions` (B,).
 
-        Most random captions describe another scene altogether, so they would not teach the networks to tell similar
-        captions apart. K captions cost little more than one: they share the image features.
+        Most random captions describe another scene, and would not teach the networks to tell similar captions apart.
+        K captions cost little more than one: they share the image features.
         """
         candidates = torch.randint(len(self.embeddings), (NUM_CANDIDATES,), device=images.device)
         similarity = self.embeddings[captions] @ self.embeddings[candidates].T  # (B, NUM_CANDIDATES)
@@ -92,21 +103,25 @@ class GANData:
         return candidates[similarity.topk(NUM_HARD_NEGATIVES, 1).indices]
 
 
-def resized_images(files, config):
-    """All images at resolution `gan_size`, (N, S, S, 3) uint8; raises InputError if they need too much memory."""
-    size, resolution, cache = config.gan_size, max(storage_resolution(config.size), config.gan_size), None
-    num_bytes = len(files) * size * size * 3
-    if num_bytes > MAX_BYTES:
-        raise InputError(
-            f"the GAN keeps all images in memory: {len(files)} images at {size} pixels need {num_bytes / 1e9:.0f} GB "
-            f"(at most {MAX_BYTES / 1e9:.0f} GB): give --gan_subset"
-        )
-    if config.cache_images:
-        cache = build_image_cache(files, resolution, config.cache_path, config.num_workers)
-    store, images = ImageStore(files, resolution, cache), np.empty((len(files), size, size, 3), dtype=np.uint8)
-    for number in range(len(files)):
-        images[number] = resize_image(store[number], size)
-    return images
+def augment(images):
+    """DiffAugment (Zhao et al. 2020, arXiv:2006.10738): random translation by up to S/8 and cutout of size S/3.
+
+    The discriminator sees only augmented images and cannot memorise a small data set. Colours stay: captions name them.
+    """
+    count, _, size, _ = images.shape
+    device, max_shift, cut = images.device, size // 8, size // 3
+    line, rows = torch.arange(size, device=device), torch.arange(count, device=device)[:, None, None]
+    y, x = line + torch.randint(0, 2 * max_shift + 1, (2, count, 1), device=device)  # (B, S): source of each pixel
+    shifted = F.pad(images, [max_shift] * 4)[rows, :, y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2)
+    top, left = torch.randint(0, size, (2, count, 1), device=device) - cut // 2
+    in_y, in_x = (line >= top) & (line < top + cut), (line >= left) & (line < left + cut)
+    return shifted * ~(in_y[:, None, :, None] & in_x[:, None, None, :])
+
+
+def resize_images(images, size):
+    if images.shape[-1] == size:
+        return images
+    return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
 
 
 def check_finite(stats, step):
@@ -118,13 +133,9 @@ def check_finite(stats, step):
 
 @torch.no_grad()
 def recall_at_10(clip, generate, validation, train):
-    """R@10 (%) of the caption of a generated image among 100 captions, as ranked by `clip`.
+    """R@10 (%) of the caption of a generated image among 100 validation (then training) captions, ranked by `clip`.
 
-    For the first captions of 100 images of the validation split; the training split fills up the 100, if necessary.
-
-    Args:
-        generate: embeddings (B, D), a seed and a size -> images (B, 3, size, size) in [0, 1].
-        validation, train: `GANData`.
+    generate: embeddings (B, D), a seed and a size -> images (B, 3, size, size) in [0, 1].
     """
     embeddings = validation.sample_embeddings()
     candidates = torch.cat([embeddings, train.sample_embeddings()])[:100]
@@ -142,13 +153,52 @@ def format_epoch(line, epochs):
 
 
 def plot_samples(generate, data, path, num_captions=8, num_images=3):
-    """Plot captions of a split with their real image and generated ones.
-
-    generate: embeddings (B, D) and a seed -> images (B, 3, S, S) in [0, 1].
-    """
+    """Plot captions of a split with their real image and images from `generate` (as in `recall_at_10`)."""
     chosen, rows = np.random.default_rng(0).permutation(len(data.captions))[:num_captions].tolist(), []
     for caption in chosen:
         real = data.images[data.image_index[caption]] / 255
         generated = generate(data.embeddings[caption].expand(num_images, -1), seed=caption)
         rows.append([images.movedim(-3, -1).cpu().numpy() for images in (real, generated)])
     plot_gan_samples(path, [data.captions[caption] for caption in chosen], rows)
+
+
+def save_checkpoint(gan, folder, history):
+    """Write last.pt and metrics.jsonl; history: the metrics of the finished epochs, a list of dicts."""
+    with atomic_write(folder / "last.pt") as path:
+        torch.save({"gan": gan.state_dict(), "history": history}, path)
+    write_history(history, folder)
+
+
+def load_checkpoint(gan, folder):
+    """Restore `gan` from last.pt if it exists; returns the history; raises InputError."""
+    path = folder / "last.pt"
+    if path.exists():
+        checkpoint = read_checkpoint(path, "a checkpoint of this GAN")
+        try:
+            gan.load_state_dict(checkpoint["gan"])
+            return checkpoint["history"]
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"{path} is not a checkpoint of this GAN ({error!r:.100})") from None
+    if (folder / "metrics.jsonl").exists():
+        raise InputError(f"{folder} lacks last.pt, so its GAN cannot be resumed: remove that folder")
+    return []
+
+
+def save_generator(generator, folder, **content):
+    """Write generator.safetensors and config.json, which holds its architecture and `content`."""
+    write_json(folder / "config.json", {"architecture": generator.architecture, **content})
+    with atomic_write(folder / "generator.safetensors") as path:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in generator.state_dict().items()}, path)
+
+
+def read_generator(folder, build_generator):
+    """The generator that `save_generator` wrote, built by `build_generator(**architecture)`; raises InputError."""
+    if not (folder / "generator.safetensors").exists():
+        command = f"python gan.py --run {folder.parent.as_posix()}"
+        raise InputError(f"{folder} contains no generator: train one with {command} (--resume if one was started)")
+    try:
+        generator = build_generator(**read_json(folder / "config.json")["architecture"])
+        generator.load_state_dict(load_file(folder / "generator.safetensors"))
+        return generator
+    except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{folder} does not contain a generator of this version ({error!r:.100})") from None

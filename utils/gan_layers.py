@@ -27,8 +27,7 @@ class CaptionConditioning(nn.Module):
     """Caption embeddings (B, D) -> conditions (B, CONDITION_DIM), whitened by the statistics of the training captions.
 
     Most of the variance of CLIP's embeddings lies in a few directions, such as the colours in an image. What
-    distinguishes similar captions, such as which object has which colour, has little variance, and without whitening
-    the networks learn it very slowly.
+    distinguishes similar captions, such as which object has which colour, is learned very slowly without whitening.
     """
 
     def __init__(self, dim):
@@ -41,10 +40,10 @@ class CaptionConditioning(nn.Module):
     def fit(self, embeddings):
         """Estimate the statistics from the embeddings (T, D) of the training captions."""
         embeddings = embeddings.detach().cpu().double()
-        mean = embeddings.mean(0)
-        variances, axes = torch.linalg.eigh((embeddings - mean).T @ (embeddings - mean) / len(embeddings))
+        centered = embeddings - embeddings.mean(0)
+        variances, axes = torch.linalg.eigh(centered.T @ centered / len(centered))
         scales = (variances.clamp(min=0) + VARIANCE_FLOOR * variances.mean() + 1e-12).rsqrt()
-        self.mean.copy_(mean)
+        self.mean.copy_(embeddings.mean(0))
         self.whitening.copy_(axes * scales)
 
     def forward(self, embeddings):
@@ -83,8 +82,8 @@ class UpBlock(nn.Module):
 class DownBlock(nn.Module):
     """Residual block of the discriminator, scaled to preserve the variance; (B, C, S, S) -> (B, C', S/2, S/2).
 
-    In DF-GAN the residual has a weight that starts at zero. In short trainings it stays small, and a discriminator
-    that sees little more than averaged pixels accepts blurry images.
+    DF-GAN's residual has a weight that starts at zero and stays small in short trainings; a discriminator that sees
+    little more than averaged pixels accepts blurry images.
     """
 
     def __init__(self, channels, out):

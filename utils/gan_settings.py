@@ -6,15 +6,11 @@ from pathlib import Path
 from config import InputError, build_config, rename_settings
 from utils.files import read_json
 from utils.flags import parse_flags
+from utils.runs import GAN_ARCHITECTURE
 
-SETTINGS = (  # they define a GAN and are saved with it
-    *("gan_generator", "gan_subset", "gan_size", "gan_width", "gan_epochs"),
-    *("gan_batch_size", "gan_lr", "gan_clip_weight", "seed"),
-)
-RUN_SETTINGS = (  # further flags of gan.py; where they are not given, those of the run hold
-    *("run", "resume", "image_path", "captions_path", "cache_path", "cache_images", "num_workers"),
-    *("device", "precision"),
-)
+SETTINGS = (*GAN_ARCHITECTURE, "gan_batch_size", "gan_lr", "gan_clip_weight", "seed")  # saved with a GAN
+RUN_SETTINGS = ("run", "resume", "image_path", "captions_path", "cache_path", "cache_images", "num_workers")
+RUN_SETTINGS += ("device", "precision")  # further flags of gan.py, by default those of the run
 
 
 def parse_gan_config(argv=None):
@@ -24,57 +20,46 @@ def parse_gan_config(argv=None):
     """
     allowed = {*SETTINGS, *RUN_SETTINGS}
     given, _ = parse_flags(argv, "gan.py", "Train a text-conditional GAN for a trained CLIP (--run).", allowed)
+    for name in sorted(given.keys() - allowed):
+        raise InputError(f"{name} is not a setting of the GAN, which has {', '.join(SETTINGS)}")
     if not given.get("run"):
         raise InputError("give the trained run: python gan.py --run runs/x")
-    unknown = sorted(given.keys() - allowed)
-    if unknown:
-        raise InputError(f"{unknown[0]} is not a setting of the GAN, which has {', '.join(SETTINGS)}")
     run = Path(given["run"])
+    folder, given["run"] = run / "gan", run.as_posix()
     if not (run / "config.json").exists():
         raise InputError(f"run is {run}, which contains no run: train one with python main.py")
-    saved, folder = read_json(run / "config.json"), run / "gan"
+    saved = read_json(run / "config.json")
     started = any((folder / name).exists() for name in ("metrics.jsonl", "generator.safetensors"))
     # A GAN stopped before the end of its first epoch may be started again with other settings.
-    if (folder / "config.json").exists() and (started or given.get("resume")):
-        if not given.get("resume"):
-            raise InputError(f"{folder} already contains a GAN: give --resume to continue it, or remove that folder")
-        saved |= resumed_settings(folder, given)
-    return build_config({**saved, **given, "run": run.as_posix()})
-
-
-def resumed_settings(folder, given):
-    """The settings of the GAN in `folder`; raises InputError if one of the `given` flags differs from them."""
+    if not (folder / "config.json").exists() or not (started or given.get("resume")):
+        return build_config({**saved, **given})
+    if not given.get("resume"):
+        raise InputError(f"{folder} already contains a GAN: give --resume to continue it, or remove that folder")
     settings = gan_settings(folder)
     if settings is None:
         raise InputError(f"{folder} contains a GAN trained jointly with CLIP, which cannot be continued alone")
-    for name in set(SETTINGS) - {"gan_epochs"}:
-        if given.get(name, settings.get(name)) != settings.get(name):
-            raise InputError(
-                f"{name} is {given[name]}, but the GAN was started with {settings.get(name)}: drop the flag"
-            )
-    return settings
+    for name in given.keys() & {*SETTINGS} - {"gan_epochs"}:
+        if given[name] != (value := settings.get(name)):
+            raise InputError(f"{name} is {given[name]}, but the GAN was started with {value}: drop the flag")
+    return build_config({**saved, **settings, **given})
 
 
 def gan_settings(folder):
     """The settings of the GAN in `folder` (<run>/gan), a dict; None for a GAN trained jointly with CLIP."""
-    settings = read_json(Path(folder) / "config.json").get("settings")
-    if settings is not None and not isinstance(settings, dict):
-        raise InputError(f"{Path(folder) / 'config.json'} is damaged: its settings are {settings!r}")
-    return None if settings is None else rename_settings(settings)
+    path = Path(folder) / "config.json"
+    settings = read_json(path).get("settings")
+    if not isinstance(settings, dict | None):
+        raise InputError(f"{path} is damaged, its settings are {settings!r}: train the GAN again")
+    return settings and rename_settings(settings)
 
 
 def conditioning_run(run):
-    """The run whose CLIP embeds the captions for the generator of `run`: `run` itself, unless trained jointly.
-
-    Raises InputError if that run is missing.
-    """
+    """The run whose CLIP embeds the captions for the GAN of `run`: `run`, unless trained jointly; raises InputError."""
     path = Path(run) / "gan" / "config.json"
     content = read_json(path) if path.exists() else {}
-    relative = content.get("conditioning_run", content.get("told_by"))  # told_by: the key before it was renamed
-    if relative is None:
-        return Path(run)
-    found = Path(os.path.normpath(Path(run) / relative))
-    if not found.exists():
+    relative = content.get("conditioning_run", content.get("told_by"))  # told_by: its name in earlier versions
+    found = Path(os.path.normpath(Path(run) / relative)) if relative else Path(run)
+    if relative and not found.exists():
         raise InputError(f"the GAN of {run} is conditioned on the CLIP of the run {found}, which is missing")
     return found
 
@@ -85,10 +70,9 @@ def check_split(gan_config, images, load_splits):
     Without official split files another seed gives another split: the GAN would have seen test images of this run.
     """
     try:
-        gan_images = load_splits(gan_config)["train"].names
+        others = sorted({*load_splits(gan_config)["train"].names} - {*images})
     except InputError:
         return  # its data set no longer exists
-    others = sorted(set(gan_images) - set(images))
     if others:
         raise InputError(
             f"the GAN of gan_run was trained on {len(others)} images that are not training images here (such as "

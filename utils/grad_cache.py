@@ -45,14 +45,13 @@ def cached_backward(model, batches, generated, loss_function, amp_dtype, scaler)
         tensors = [(x, grad) for x, grad in zip(embeddings, grads, strict=True) if x.requires_grad]
         torch.autograd.backward([x for x, _ in tensors], [grad for _, grad in tensors])
 
-    with averaged_batchnorm_stats(model) as next_micro_batch:
+    with averaged_batchnorm_stats(model) as start_micro_batch:
         for number in range(len(batches)):
-            next_micro_batch()
+            start_micro_batch(number + 1)
             encode_and_backward(number)
-    if generated:
-        with frozen_batchnorm_stats(model):
-            for number in range(len(batches), len(all_batches)):
-                encode_and_backward(number)
+    with frozen_batchnorm_stats(model):
+        for number in range(len(batches), len(all_batches)):
+            encode_and_backward(number)
     return loss.detach()
 
 
@@ -79,22 +78,19 @@ def frozen_batchnorm_stats(model):
 def averaged_batchnorm_stats(model):
     """Over several micro-batches the running statistics move once, by the mean of the micro-batches' statistics.
 
-    Yields a function to call before each micro-batch.
+    Yields a function to call with the number of each micro-batch, from 1 on.
     """
     layers = batchnorm_layers(model)
     before = [
-        (m.momentum, m.running_mean.clone(), m.running_var.clone(), m.num_batches_tracked.clone()) for m in layers
+        [m.momentum, *(x.clone() for x in (m.running_mean, m.running_var, m.num_batches_tracked))] for m in layers
     ]
-    seen = 0
 
-    def next_micro_batch():
-        nonlocal seen
-        seen += 1
+    def start_micro_batch(number):
         for layer in layers:
-            layer.momentum = 1 / seen  # the mean of those seen so far
+            layer.momentum = 1 / number  # a cumulative mean
 
     try:
-        yield next_micro_batch
+        yield start_micro_batch
     finally:
         for layer, (momentum, mean, variance, count) in zip(layers, before, strict=True):
             layer.momentum = momentum

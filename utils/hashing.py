@@ -17,30 +17,25 @@ def file_stat(file):
     return status.st_size, status.st_mtime_ns
 
 
-def file_hash(file):
-    """A hash of a file's content, 16 bytes."""
-    content_hash = hashlib.blake2b(digest_size=16)
-    with open(file, "rb") as content:
-        while part := content.read(1 << 20):
-            content_hash.update(part)
-    return content_hash.digest()
+def content_hash(content):
+    """A hash of bytes, 16 bytes."""
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def model_hash(run):
     """A hash of all that determines the embeddings of a run's saved model: weights, settings, tokenizer; 32 hex digits.
 
-    The hash of the weights is cached beside them with their file stat, because reading them takes longer than a search.
+    The hash of the weights is cached beside them, because reading them takes longer than a search.
     """
-    folder = model_folder(run)
+    folder, cached = model_folder(run), {}
     weights, cache = folder / "model.safetensors", folder / "weights_hash.json"
-    stat, cached = list(file_stat(weights)), {}
+    stat = list(file_stat(weights))
     with contextlib.suppress(InputError):
         cached = read_json(cache)
     if cached.get("file_stat") != stat or not isinstance(cached.get("hash"), str):
-        cached = {"file_stat": stat, "hash": file_hash(weights).hex()}
+        cached = {"file_stat": stat, "hash": content_hash(weights.read_bytes()).hex()}
         with contextlib.suppress(OSError):  # a read-only folder: the weights are hashed again next time
             write_json(cache, cached)
-    whole = hashlib.blake2b(f"{PREPROCESSING_VERSION} {cached['hash']}".encode(), digest_size=16)
-    for file in [folder / "config.json", *sorted((folder / "tokenizer").glob("*"))]:
-        whole.update(file.read_bytes())
-    return whole.hexdigest()
+    files = [folder / "config.json", *sorted((folder / "tokenizer").glob("*"))]
+    parts = [f"{PREPROCESSING_VERSION} {cached['hash']}".encode(), *(file.read_bytes() for file in files)]
+    return content_hash(b"".join(parts)).hex()

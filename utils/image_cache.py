@@ -1,41 +1,42 @@
-"""Image decoding, and the cache in which every image of a data set is decoded once."""
+"""Decoded images by index, from the files or from a cache in which every image of a data set is decoded once."""
 
 import contextlib
 import hashlib
 import os
 import shutil
+import signal
 import struct
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import cv2
 import numpy as np
+import torch
 from PIL import Image, ImageOps
+from torch.utils.data import Dataset, get_worker_info
 
 from config import InputError
 from utils.cli import progress_bar
+from utils.distributed import first_process_first, is_first_process
 from utils.files import atomic_write
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # 100 megapixels are no attack
 
 DECODER_VERSION = 2  # increased whenever `decode_image` returns other pixels: older caches are then rebuilt
 CHUNK_SIZE = 10_000  # images submitted to the decoding threads at once
-
 # Most damaged files raise OSError. The others: PNG and GIF chunks, EXIF data, palettes, and the AVIF decoder.
 DECODING_ERRORS = (OSError, EOFError, SyntaxError, ValueError, RuntimeError, LookupError, ArithmeticError)
 DECODING_ERRORS += (struct.error, Image.DecompressionBombError)
 
 
 def decode_image(file, resolution):
-    """An image file as (resolution, resolution, 3) uint8 RGB; raises InputError if it cannot be read.
-
-    The whole image is resized to a square without cropping, because captions also describe what is near the edges.
-    """
+    """An image file as (resolution, resolution, 3) uint8 RGB; raises InputError if it cannot be read."""
     try:
         with Image.open(file) as image:
             image.draft("RGB", (resolution, resolution))  # JPEG: decode at a reduced scale where possible
-            upright = to_upright_rgb(image)
+            upright = to_upright_rgb(image)  # not cropped below: captions also describe what is near the edges
             return np.asarray(upright.resize((resolution, resolution), Image.Resampling.BICUBIC, reducing_gap=2.0))
     except FileNotFoundError:
         raise InputError(f"image {file} is missing") from None
@@ -47,23 +48,29 @@ def to_upright_rgb(image):
     """A PIL image in RGB, rotated by its EXIF orientation; transparent pixels become white."""
     image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":  # integers or floats, which `convert` would clip at 255
-        image = Image.fromarray(to_uint8(np.asarray(image, dtype=np.float32)))
+        values = np.asarray(image, dtype=np.float32)
+        largest = values.max(initial=0)  # tells whether the values are fractions, 8-bit or 16-bit
+        scale = 255 if largest <= 1 else 1 if largest <= 255 else 255 / max(65535, largest)
+        image = Image.fromarray((values * scale).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-def to_uint8(values):
-    """Grey values as uint8; the largest value tells whether they are fractions, 8-bit or 16-bit."""
-    largest = values.max(initial=0)
-    scale = 255 if largest <= 1 else 1 if largest <= 255 else 255 / max(65535, largest)
-    return (values * scale).clip(0, 255).astype(np.uint8)
-
-
 def storage_resolution(size):
     """The resolution of stored images: slightly above the model's, so that training crops lose no detail."""
     return round(size * 8 / 7)
+
+
+def resize_image(image, size):
+    """The evaluation transform: the whole image, (S, S, 3) -> (size, size, 3)."""
+    return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA)
+
+
+def to_tensor(image):
+    """(H, W, 3) uint8 array -> (3, H, W) uint8 tensor."""
+    return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
 
 
 class Cache(NamedTuple):
@@ -76,29 +83,23 @@ class Cache(NamedTuple):
 def build_image_cache(files, resolution, folder, num_workers=4, show_progress=True):
     """The `Cache` of the images, decoded only if no cache in the folder holds them all.
 
-    A file beside the pixels holds a digest of each image's path, size and modification time: a changed image
-    requires a new cache, another split of the same images does not. An interrupted build leaves no cache. Raises
-    InputError for a full disk and for unreadable images; if there are several, all are listed in a file.
+    A file beside the pixels holds a digest of each image's path, size and modification time: a changed image requires
+    a new cache, another split of the same images does not. Raises InputError for a full disk and unreadable images.
     """
     folder = Path(folder)
     digests = np.array([file_digest(file) for file in files], dtype="S16")
-    existing = find_cache(digests, resolution, folder)
-    if existing is not None:
+    if existing := find_cache(digests, resolution, folder):
         return existing
     folder.mkdir(parents=True, exist_ok=True)
-    needed, free = len(files) * resolution * resolution * 3, shutil.disk_usage(folder).free
+    needed, free = len(files) * resolution**2 * 3 / 1e9, shutil.disk_usage(folder).free / 1e9
     if needed > free:
-        raise InputError(
-            f"the decoded images need {needed / 1e9:.1f} GB in {folder}, which has {free / 1e9:.1f} GB free: "
-            "give another --cache_path, or --no-cache_images"
-        )
+        advice = "give another --cache_path, or --no-cache_images"
+        raise InputError(f"the decoded images need {needed:.1f} GB in {folder}, which has {free:.1f} GB free: {advice}")
     paths = hashlib.sha256("\n".join(sorted(map(os.path.abspath, files))).encode("utf-8", "surrogateescape"))
     prefix = f"images-{resolution}-{paths.hexdigest()[:12]}"
     path = folder / f"{prefix}-{hashlib.sha256(digests.tobytes()).hexdigest()[:16]}.npy"
     with atomic_write(path) as temporary:
-        errors = write_pixels(temporary, files, resolution, num_workers, show_progress)
-        if errors:
-            raise InputError(describe_errors(errors, folder))
+        write_pixels(temporary, files, resolution, folder / "unreadable.txt", num_workers, show_progress)
         for outdated in folder.glob(f"{prefix}-*"):  # the same paths with earlier contents
             with contextlib.suppress(OSError):  # still open in another process (Windows)
                 outdated.unlink()
@@ -119,8 +120,7 @@ def find_cache(digests, resolution, folder):
     """A `Cache` in the folder that holds all images with these digests, or None."""
     for path in sorted(folder.glob(f"images-{resolution}-*.npy")):
         try:
-            with open(path.with_suffix(".digests"), "rb") as file:
-                stored = np.load(file)
+            stored = np.load(path.with_suffix(".digests"))
         except (OSError, ValueError, EOFError):
             continue
         order = np.argsort(stored)
@@ -130,30 +130,19 @@ def find_cache(digests, resolution, folder):
     return None
 
 
-def describe_errors(errors, folder):
-    """One line; several errors are also written to a file in the folder."""
-    if len(errors) == 1:
-        return errors[0]
-    path = folder / "unreadable.txt"
-    with atomic_write(path) as temporary:
-        temporary.write_text("\n".join(errors) + "\n", encoding="utf-8", errors="surrogateescape")
-    return f"{errors[0]} (and {len(errors) - 1} more images: see {path})"
-
-
-def write_pixels(path, files, resolution, num_workers, show_progress):
-    """Decode all images into a new .npy file; returns the error messages of those that cannot be read."""
-    shape = (len(files), resolution, resolution, 3)
+def write_pixels(path, files, resolution, error_file, num_workers, show_progress):
+    """Decode all images into a new .npy file; raises InputError, with several unreadable images listed in a file."""
+    shape, errors = (len(files), resolution, resolution, 3), {}
     pixels = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
     if hasattr(os, "posix_fallocate"):  # without reserved space, a disk filled meanwhile would kill the process
         with open(path, "r+b") as file:
             os.posix_fallocate(file.fileno(), 0, pixels.offset + pixels.nbytes)
-    errors = []
 
     def decode(index):
         try:
             pixels[index] = decode_image(files[index], resolution)
         except InputError as error:
-            errors.append((index, str(error)))
+            errors[index] = str(error)
 
     bar = progress_bar(desc="decoding images", total=len(files), unit="image", disable=not show_progress)
     # Threads suffice: decoding releases the interpreter's lock.
@@ -162,4 +151,78 @@ def write_pixels(path, files, resolution, num_workers, show_progress):
             for _ in pool.map(decode, range(start, min(start + CHUNK_SIZE, len(files)))):
                 bar.update()
     pixels.flush()
-    return [message for _, message in sorted(errors)]
+    messages = [errors[index] for index in sorted(errors)]
+    if len(messages) > 1:
+        with atomic_write(error_file) as temporary:
+            temporary.write_text("\n".join([*messages, ""]), encoding="utf-8", errors="surrogateescape")
+        messages[0] += f" (and {len(messages) - 1} more images: see {error_file})"
+    if messages:
+        raise InputError(messages[0])
+
+
+class ImageStore:
+    """Decoded images by index, (S, S, 3) uint8; from a `Cache` if given, else from the files."""
+
+    def __init__(self, files, resolution, cache=None):
+        self.files, self.resolution, self.cache = files, resolution, cache
+        self.pixels = None  # opened in each process at first use
+
+    def __len__(self):
+        return len(self.files if self.cache is None else self.cache.rows)
+
+    def __getitem__(self, index):
+        if self.cache is None:
+            return decode_image(self.files[index], self.resolution)
+        if self.pixels is None:
+            self.pixels = np.load(self.cache.path, mmap_mode="r")
+        return np.asarray(self.pixels[self.cache.rows[index]])
+
+    def __getstate__(self):
+        """What a loader process receives: millions of names only if it has to decode."""
+        return {**self.__dict__, "pixels": None, "files": self.files if self.cache is None else None}
+
+
+class EvaluationImages(Dataset):
+    """Images of a store, (3, size, size) uint8; unreadable ones raise InputError, or with a dict `failed` are black."""
+
+    def __init__(self, store, indices, size, failed=None):
+        self.store, self.indices, self.size, self.failed = store, indices, size, failed
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitems__(self, positions):
+        """A batch; without loader processes images are decoded in threads."""
+        if get_worker_info() is not None or self.store.cache is not None:
+            return [self[position] for position in positions]
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            return list(pool.map(self.__getitem__, positions))
+
+    def __getitem__(self, position):
+        try:
+            image = resize_image(self.store[self.indices[position]], self.size)
+        except InputError as error:
+            if self.failed is None:
+                raise
+            self.failed[position] = str(error)  # the reason
+            image = np.zeros((self.size, self.size, 3), np.uint8)
+        return to_tensor(image)
+
+
+def open_images(splits, config):
+    """Set `pairs.images` of every split to an `ImageStore`; with `cache_images`, all images are decoded first."""
+    resolution = storage_resolution(config.size)
+    if config.cache_images:
+        options = (resolution, config.cache_path, config.num_workers, is_first_process())
+        files = sorted(file for pairs in splits.values() for file in pairs.files)
+        first_process_first(lambda: build_image_cache(files, *options))  # one cache for all splits
+    for pairs in splits.values():
+        cache = build_image_cache(pairs.files, *options) if config.cache_images else None
+        pairs.images = ImageStore(pairs.files, resolution, cache)
+
+
+def prepare_worker(_):
+    """Loader processes leave Ctrl-C to the main process and use one thread each."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)

@@ -87,6 +87,5 @@ def check_finite(loss, step):
     """Raise DivergenceError if the loss is not finite."""
     if not torch.isfinite(loss):
         raise DivergenceError(
-            f"the loss is {loss:.3f} at step {step}: lower the learning rates, or give --precision float32; "
-            "last.pt in the run folder is from before"
+            f"the loss is {loss:.3f} at step {step}: lower the learning rates, or give --precision float32"
         )

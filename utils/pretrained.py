@@ -1,6 +1,5 @@
 """Pretrained encoders and tokenizers by name or folder: configs, and weights from disk or the Hugging Face hub."""
 
-import contextlib
 import pickle
 from functools import partial
 from pathlib import Path
@@ -21,16 +20,9 @@ from utils.files import read_json
 DISTILBERT = "distilbert-base-uncased"
 # The image encoders of Radford et al. 2021 (tables 19 and 20) in timm. The ResNets have the paper's three stem
 # convolutions, anti-aliased strides and attention pooling; the released ViTs were trained with QuickGELU.
-PAPER_IMAGE_ENCODERS = {
-    "RN50": "resnet50_clip",
-    "RN101": "resnet101_clip",
-    "RN50x4": "resnet50x4_clip",
-    "RN50x16": "resnet50x16_clip",
-    "RN50x64": "resnet50x64_clip",
-    "ViT-B/32": "vit_base_patch32_clip_quickgelu_224",
-    "ViT-B/16": "vit_base_patch16_clip_quickgelu_224",
-    "ViT-L/14": "vit_large_patch14_clip_quickgelu_224",
-}
+PAPER_ENCODERS = {f"RN{size}": f"resnet{size}_clip" for size in ("50", "101", "50x4", "50x16", "50x64")}
+PAPER_ENCODERS |= {f"ViT-B/{patch}": f"vit_base_patch{patch}_clip_quickgelu_224" for patch in (32, 16)}
+PAPER_ENCODERS["ViT-L/14"] = "vit_large_patch14_clip_quickgelu_224"
 # The names of transformers' CLIP image encoder, replaced in this order by those of timm's ViT
 CLIP_VIT_NAMES = {
     "embeddings.class_embedding": "cls_token",
@@ -44,10 +36,8 @@ CLIP_VIT_NAMES = {
 }
 NO_IMAGE_WEIGHTS = "--no-pretrained_image_encoder"
 # What timm, transformers and huggingface_hub raise for missing, damaged or unsuitable files, or without a network
-LOAD_ERRORS = (
-    *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ImportError),
-    *(SafetensorError, StrictDataclassError, HTTPError, pickle.UnpicklingError),
-)
+LOAD_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ImportError)
+LOAD_ERRORS += (SafetensorError, StrictDataclassError, HTTPError, pickle.UnpicklingError)
 
 
 class PretrainedProjection(NamedTuple):
@@ -58,67 +48,43 @@ class PretrainedProjection(NamedTuple):
     logit_scale: float | None = None
 
 
-# ---- image encoders ---------------------------------------------------------------------------------------------
-
-
 def read_image_config(name):
     """The arguments of `ImageEncoder` except the size, as a JSON-compatible dict; raises InputError.
 
-    `name` is one of PAPER_IMAGE_ENCODERS, a timm model, a folder in timm's layout, or the folder of a Hugging Face
-    CLIPModel whose image encoder is a ViT.
+    `name` is one of PAPER_ENCODERS, a timm model, a folder in timm's layout, or the folder of a Hugging Face CLIPModel
+    whose image encoder is a ViT; it becomes timm's ViT with the same dimensions.
     """
-    if read_folder_config(name).get("model_type") == "clip":
-        return read_clip_image_config(name)
-    _, architecture, details = resolve_timm_name(name)
-    return {
-        "architecture": architecture,
-        "mean": list(details.get("mean") or IMAGENET_DEFAULT_MEAN),
-        "std": list(details.get("std") or IMAGENET_DEFAULT_STD),
-    }
-
-
-def read_clip_image_config(folder):
-    """As `read_image_config`, for the folder of a CLIPModel: timm's ViT with the same dimensions."""
-    config = transformers.CLIPConfig.from_pretrained(folder).vision_config
+    if read_folder_config(name).get("model_type") != "clip":
+        _, architecture, details = resolve_timm_name(name)
+        mean, std = details.get("mean") or IMAGENET_DEFAULT_MEAN, details.get("std") or IMAGENET_DEFAULT_STD
+        return {"architecture": architecture, "mean": list(mean), "std": list(std)}
+    config = transformers.CLIPConfig.from_pretrained(name).vision_config
     if config.hidden_act not in ("quick_gelu", "gelu") or config.layer_norm_eps != 1e-5:
-        raise InputError(
-            f"model_name is {folder}, whose image encoder has activation {config.hidden_act} and layer_norm_eps "
-            f"{config.layer_norm_eps}: only quick_gelu or gelu with 1e-5 are supported"
-        )
-    preprocessing = Path(folder) / "preprocessor_config.json"
+        found = f"activation {config.hidden_act} and layer_norm_eps {config.layer_norm_eps}"
+        raise InputError(f"model_name is {name}, whose image encoder has {found}: give quick_gelu or gelu, and 1e-5")
+    model_args = {"patch_size": config.patch_size, "embed_dim": config.hidden_size, "depth": config.num_hidden_layers}
+    model_args |= {"num_heads": config.num_attention_heads, "act_layer": config.hidden_act}
+    model_args["mlp_ratio"] = config.intermediate_size / config.hidden_size
+    preprocessing = Path(name) / "preprocessor_config.json"
     details = read_json(preprocessing) if preprocessing.is_file() else {}
-    return {
-        "architecture": PAPER_IMAGE_ENCODERS["ViT-B/32"],
-        "mean": list(details.get("image_mean") or OPENAI_CLIP_MEAN),
-        "std": list(details.get("image_std") or OPENAI_CLIP_STD),
-        "model_args": {
-            "patch_size": config.patch_size,
-            "embed_dim": config.hidden_size,
-            "depth": config.num_hidden_layers,
-            "num_heads": config.num_attention_heads,
-            "mlp_ratio": config.intermediate_size / config.hidden_size,
-            "act_layer": config.hidden_act,
-        },
-    }
+    mean, std = details.get("image_mean") or OPENAI_CLIP_MEAN, details.get("image_std") or OPENAI_CLIP_STD
+    image_config = {"architecture": PAPER_ENCODERS["ViT-B/32"], "mean": list(mean), "std": list(std)}
+    return {**image_config, "model_args": model_args}
 
 
 def read_folder_config(name):
     """The config.json of a model's folder; {} if `name` is not a folder; raises InputError."""
-    try:
-        return read_json(Path(name) / "config.json") if Path(name).is_dir() else {}
-    except InputError as error:
-        raise InputError(f"model_name is {name}, a folder without a readable config.json ({error})") from None
+    return read_json(Path(name) / "config.json") if Path(name).is_dir() else {}
 
 
 def resolve_timm_name(name):
     """timm's own name or the folder, the architecture, and timm's description of the pretrained weights, a dict."""
-    name = f"{PAPER_IMAGE_ENCODERS[name]}.openai" if name in PAPER_IMAGE_ENCODERS else name
+    name = f"{PAPER_ENCODERS[name]}.openai" if name in PAPER_ENCODERS else name
     if Path(name).is_dir():
         content = read_folder_config(name)
         if "architecture" not in content:
             raise InputError(f"model_name is the folder {name}, without a config.json of timm or of a CLIPModel")
-        architecture = content["architecture"]
-        details = {**content, **content.get("pretrained_cfg", {})}
+        architecture, details = content["architecture"], {**content, **content.get("pretrained_cfg", {})}
     else:
         architecture = name.split(".")[0]
         try:
@@ -134,10 +100,7 @@ def resolve_timm_name(name):
 
 
 def load_image_weights(backbone, name, size):
-    """Load the pretrained weights of `name` into the timm model built for it; raises InputError.
-
-    Returns the `PretrainedProjection` if the weights are OpenAI's or come from a CLIPModel's folder, else None.
-    """
+    """Load pretrained weights into a timm model; returns a CLIP's `PretrainedProjection` or None; raises InputError."""
     projection = None
     if read_folder_config(name).get("model_type") == "clip":
         model, missing = load_transformers_model(transformers.CLIPModel, name, "model_name", NO_IMAGE_WEIGHTS)
@@ -164,12 +127,11 @@ def load_image_weights(backbone, name, size):
 
 def load_timm_state(name, architecture, size, num_classes=0):
     """The pretrained weights of a timm model by name or folder, as a state dict."""
-    check_safetensors(name, "model_name", "model.safetensors")
     options, config = {"pretrained": True, "num_classes": num_classes}, timm.get_pretrained_cfg(architecture)
     if config is not None and config.fixed_input_size and not architecture.startswith("resnet"):
         options["img_size"] = size  # timm resamples the positions, but not in the ResNets with attention pooling
     load = partial(timm.create_model, f"local-dir:{name}" if Path(name).is_dir() else name, **options)
-    return load_local_or_hub(load, "model_name", name, NO_IMAGE_WEIGHTS).state_dict()
+    return load_local_or_hub(load, "model_name", name, NO_IMAGE_WEIGHTS, "model.safetensors").state_dict()
 
 
 def convert_clip_vit(state):
@@ -189,9 +151,6 @@ def convert_clip_vit(state):
     return converted
 
 
-# ---- text encoders and tokenizers -------------------------------------------------------------------------------
-
-
 def load_text_config(name):
     """The Hugging Face config of a text encoder by name or folder; raises InputError."""
     if name == DISTILBERT:  # the defaults of its class: no download
@@ -203,10 +162,7 @@ def load_text_config(name):
 
 
 def load_text_backbone(name):
-    """The pretrained text model of a Hugging Face name or folder, and its `PretrainedProjection` or None.
-
-    From a CLIPModel, CLIPTextModel or CLIPTextModelWithProjection the text encoder is taken. Raises InputError.
-    """
+    """The pretrained text model of a name or folder, and a CLIP's `PretrainedProjection` or None; raises InputError."""
     model_type = load_text_config(name).model_type
     clip_classes = {"clip": "CLIPModel", "clip_text_model": "CLIPTextModelWithProjection"}
     model_class = getattr(transformers, clip_classes.get(model_type, "AutoModel"))
@@ -222,10 +178,9 @@ def load_text_backbone(name):
 
 def load_transformers_model(model_class, name, setting, alternative):
     """A pretrained model by name or folder, and the set of parameter names that its files lack; raises InputError."""
-    check_safetensors(name, setting)
     options = {"use_safetensors": True, "dtype": torch.float32, "trust_remote_code": False}
     load = partial(model_class.from_pretrained, name, output_loading_info=True, **options)
-    model, info = load_local_or_hub(load, setting, name, alternative)
+    model, info = load_local_or_hub(load, setting, name, alternative, "*.safetensors")
     return model, set(info["missing_keys"])
 
 
@@ -233,18 +188,12 @@ def load_tokenizer(name, setting="text_tokenizer", alternative="--text_tokenizer
     """The Hugging Face tokenizer of a model by name or folder, padding on the right; raises InputError."""
     load = partial(transformers.AutoTokenizer.from_pretrained, name, trust_remote_code=False)
     tokenizer = load_local_or_hub(load, setting, name, alternative)
-    if tokenizer.pad_token_id is None and tokenizer.eos_token is None:
-        raise InputError(f"{setting} is {str(name)!r}, which has no padding token: give another tokenizer")
     if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise InputError(f"{setting} is {str(name)!r}, which has no padding token: give another tokenizer")
         tokenizer.pad_token = tokenizer.eos_token  # masked, so any token will do
     tokenizer.padding_side = "right"  # `TextEncoder` relies on it
     return tokenizer
-
-
-def check_safetensors(name, setting, pattern="*.safetensors"):
-    """Raise InputError for a folder without safetensors: loading a pickle could run code."""
-    if Path(name).is_dir() and not list(Path(name).glob(pattern)):
-        raise InputError(f"{setting} is the folder {name}, without {pattern} (pickled weights are not read)")
 
 
 def check_missing(missing, name):
@@ -252,47 +201,36 @@ def check_missing(missing, name):
         raise InputError(f"the weights of {name} lack {sorted(missing)[0]} and {len(missing) - 1} more tensors")
 
 
-# ---- local files first, then the hub ----------------------------------------------------------------------------
-
-
-def load_local_or_hub(load, setting, name, alternative):
+def load_local_or_hub(load, setting, name, alternative, weights=None):
     """The result of `load()` from local files if possible, else from the hub; raises InputError.
 
-    Without a network the hub's client retries for up to a minute per file; here one short request decides.
+    Without a network the hub's client retries for up to a minute per file; here one short request decides. A folder
+    has to hold files that match `weights`: loading a pickle could run code.
     """
-    is_folder, failure = Path(name).is_dir(), None
-    for context in (hub_offline(), contextlib.nullcontext()):
-        if failure and (is_folder or not hub_is_reachable()):
+    is_folder, was_offline, failure = Path(name).is_dir(), constants.HF_HUB_OFFLINE, None
+    if is_folder and weights and not list(Path(name).glob(weights)):
+        raise InputError(f"{setting} is the folder {name}, without {weights} (pickled weights are not read)")
+    for offline in (True, False):
+        if failure and (is_folder or was_offline or not hub_is_reachable()):
             break
+        constants.HF_HUB_OFFLINE = offline
         try:
-            with context:
-                return load()
+            return load()
         except Exception as error:
             # The tokenizers library raises a bare Exception for a damaged file. Other errors are bugs.
             if not isinstance(error, LOAD_ERRORS) and type(error) is not Exception:
                 raise
             failure = error
+        finally:
+            constants.HF_HUB_OFFLINE = was_offline
     problem = "could not be loaded from this folder" if is_folder else "was found neither locally nor on the hub"
     reason = (str(failure).strip().splitlines() or [type(failure).__name__])[0][:120]
-    raise InputError(
-        f"{setting} is {str(name)!r}, which {problem} ({reason}): give a local folder that holds it, or {alternative}"
-    ) from failure
-
-
-@contextlib.contextmanager
-def hub_offline():
-    """Within the block the Hugging Face libraries read local files only."""
-    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
+    advice = f"give a local folder that holds it, or {alternative}"
+    raise InputError(f"{setting} is {str(name)!r}, which {problem} ({reason}): {advice}") from failure
 
 
 def hub_is_reachable():
     """Whether the hub answers within five seconds."""
-    if constants.HF_HUB_OFFLINE:
-        return False
     try:
         get_session().head(constants.ENDPOINT, timeout=5)
     except LOAD_ERRORS:

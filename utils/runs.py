@@ -65,7 +65,8 @@ def resolve_run(argv=None):
         return resume_run(values), sources
     config = build_config(values)
     if config.gan != "none" and config.gan_run:
-        config = adopt_gan_settings(config, {name for name, source in sources.items() if source == "flag"})
+        config, adopted = adopt_gan_settings(config, {name for name, source in sources.items() if source == "flag"})
+        sources |= dict.fromkeys(adopted, "GAN run")
     folder = Path(config.run or f"runs/{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}")
     if folder.exists() and not folder.is_dir():
         raise InputError(f"run is {folder}, which is not a folder: give another --run")
@@ -86,7 +87,7 @@ def resume_run(values):
 
 
 def adopt_gan_settings(config, flags):
-    """The config with the settings of the GAN in `config.gan_run`; raises InputError if a flag differs from them."""
+    """The config with the settings of the GAN in `config.gan_run`, and these; raises InputError for other flags."""
     path = gan_run_folder(config.gan_run) / "gan" / "config.json"
     settings = (read_json(path).get("settings") or {}) if path.exists() else {}
     settings = {name: settings[name] for name in GAN_ARCHITECTURE if name in settings}
@@ -96,4 +97,4 @@ def adopt_gan_settings(config, flags):
                 f"{name} is {getattr(config, name)}, but the GAN of {config.gan_run} was trained with {value}: "
                 "drop the flag, or --gan_run"
             )
-    return dataclasses.replace(config, **settings)
+    return dataclasses.replace(config, **settings), settings

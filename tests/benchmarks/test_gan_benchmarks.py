@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import gan_ablation  # noqa: E402
 import gan_evaluate  # noqa: E402
+from common import parse_caption  # noqa: E402
 from conftest import flags, tiny_settings  # noqa: E402
 from gan_fixtures import CPU, TINY, as_flags  # noqa: E402
 
@@ -23,6 +24,18 @@ from config import build_config  # noqa: E402
 from dataset import load_splits  # noqa: E402
 from utils.files import read_json  # noqa: E402
 from utils.synthetic import COLORS, SHAPES, all_scenes, generate_dataset, render_scene, scene_captions  # noqa: E402
+
+# ---- captions ----------------------------------------------------------------------------------------------------
+
+
+def test_parse_caption_returns_the_contents_of_the_scene():
+    for scene in all_scenes():
+        for caption in scene_captions(scene):
+            background, objects = parse_caption(caption)
+            assert background == scene[0] and sorted(objects) == sorted([scene[1], scene[3]])
+    for other in ("Two dogs on a red square .", "A red ring and a blue box .", "A dog on grass ."):
+        assert parse_caption(other) is None
+
 
 # ---- statistics -------------------------------------------------------------------------------------------------
 

@@ -16,9 +16,9 @@ from clip import contrastive_loss
 from config import InputError
 from dataset import pair_targets
 from utils.files import read_json
+from utils.gan_data import augment
 from utils.gan_layers import NOISE_DIM
 from utils.gan_settings import conditioning_run
-from utils.image_ops import augment
 
 
 def test_every_encoder_mixes_the_same_captions(with_gan):
@@ -62,7 +62,7 @@ def test_terms_reach_the_parameters_of_the_table(with_gan):
 
     # CE of real pairs; CE of real and generated pairs
     for generated in ([], joint.sample(8, 0, 0.5)):
-        embeddings = main.encode(model, batch, generated)
+        embeddings = main.encode(model, batch, generated, CPU, None)
         contrastive_loss(*embeddings, model.logit_scale, **pair_targets([batch, *generated])).backward()
         assert temperature_reached()
         assert reached() == {"clip"}
@@ -107,7 +107,7 @@ def test_train_step_changes_the_gan_alone_and_uses_the_ema_of_clip(with_gan, mon
         raise AssertionError("the CLIP in training was used for guidance")
 
     monkeypatch.setattr(trainer, "discriminator_step", detached)
-    for name in ("encode_image", "encode_text", "image_features"):
+    for name in ("encode_image", "encode_text", "forward"):
         monkeypatch.setattr(model, name, called)
     joint.train_step(model, batch.image_ids, 3, 0.5)
     changed = {

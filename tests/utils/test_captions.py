@@ -1,4 +1,4 @@
-"""Captions files of both formats, and lists of captions."""
+"""Captions files of both formats, lists of captions, and the WordPiece tokenizer built from captions."""
 
 import re
 
@@ -7,7 +7,7 @@ import pytest
 
 from config import InputError
 from dataset import make_pairs
-from utils.captions import find_captions_file, group_captions, read_caption_list, read_captions
+from utils.captions import find_captions_file, group_captions, read_caption_list, read_captions, train_tokenizer
 
 
 def write(path, content):
@@ -88,7 +88,7 @@ def test_read_captions_skips_a_blank_caption_beside_others(tmp_path):
         (" \n\n", "is empty"),
         ("image,caption\n", "holds no captions"),
         (b"image,caption\na.jpg,\xff\xfe\n", "cannot be read as UTF-8"),
-        ("picture;text\na.jpg;dog\n", r"starts with \['picture;text'\].*`image` and `caption`"),
+        ("photo;text\na.jpg;dog\n", r"starts with \['photo;text'\].*`image` and `caption`"),
         ("x" * 200_000, "starts with"),
         ("image,caption\na.jpg,A dog, running\n", "line 2: 3 columns instead of 2.*quotes"),
         ("image,caption\na.jpg\n", "line 2: 1 columns instead of 2"),
@@ -158,3 +158,32 @@ def test_group_captions_gives_groups_of_training_captions_their_image():
     assert found[4] == 0  # image a
     assert found[2] == found[3] < 0 and found[5] < 0 and found[5] != found[2]
     assert np.unique(found).size == 4
+
+
+# ---- the tokenizer ----------------------------------------------------------------------------------------------
+
+TEXTS = ["A dog runs .", "the Dog , and the cat !", "zebras", "a  dog"]
+
+
+def test_train_tokenizer_is_deterministic():
+    first, second = train_tokenizer(TEXTS), train_tokenizer(TEXTS)
+    assert first.get_vocab() == second.get_vocab()
+    assert first(TEXTS)["input_ids"] == second(TEXTS)["input_ids"]
+    assert first.convert_ids_to_tokens(first("The DOG")["input_ids"]) == ["[CLS]", "the", "dog", "[SEP]"]
+
+
+def test_tokenizer_spells_rare_words_and_marks_unknown_characters():
+    tokenizer = train_tokenizer(TEXTS)
+    spelled = ["[CLS]", "z", "##e", "##b", "##r", "##a", "##s", "[SEP]"]
+    assert tokenizer.convert_ids_to_tokens(tokenizer("zebras")["input_ids"]) == spelled
+    assert tokenizer.convert_ids_to_tokens(tokenizer("ж dog")["input_ids"]) == ["[CLS]", "[UNK]", "dog", "[SEP]"]
+    assert tokenizer.pad_token_id == 0
+
+
+def test_train_tokenizer_keeps_the_most_frequent_words():
+    texts = ["dog dog dog cat cat bird bird"]
+    characters = len(set("dogcatbir"))
+    tokenizer = train_tokenizer(texts, vocab_size=5 + 2 * characters + 2)
+    words = [piece for piece in tokenizer.get_vocab() if len(piece) == 3 and piece.isalpha()]
+    assert set(words) <= {"dog", "cat", "bird"} and "dog" in words
+    assert len(tokenizer) == 5 + 2 * characters + 2

@@ -91,9 +91,9 @@ def test_progress_bar_of_an_iterable_and_of_a_total(capsys):
 def test_stop_signals_record_the_first_and_raise_at_the_second(number):
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt), stop_signals() as stop:
-        assert not stop
+        assert not stop.requested
         signal.raise_signal(number)
-        assert stop
+        assert stop.requested
         signal.raise_signal(number)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
 

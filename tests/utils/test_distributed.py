@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, flags, save_text_folder, start_python
+from naive import loss_and_gradients, naive_loss, random_embeddings
 
 import main
+from clip import contrastive_loss
 from config import InputError
 from utils.distributed import (
     all_gather_rows,
@@ -61,6 +63,38 @@ def test_two_processes_train_as_one(tiny_config, tmp_path):
     output = (tmp_path / "output.txt").read_text(encoding="utf-8")
     assert output.count("epoch 1: loss") == 1  # only the first process prints
     assert "device: cpu x 2 processes, float32" in output
+
+
+def compute_share(rank, folder):
+    """In a process of its own: the loss and its gradients with respect to the rows of this process."""
+    store = f"file://{(folder / 'store').as_posix()}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    images, texts, t, index, ids, weights = torch.load(folder / "inputs.pt")
+    rows = slice(0, 4) if rank == 0 else slice(4, 11)
+    own = (index >= rows.start) & (index < rows.stop)
+    inputs = [images[rows].requires_grad_(), texts[own].requires_grad_(), t.requires_grad_()]
+    group = process_group()
+    loss = contrastive_loss(*inputs, index[own] - rows.start, ids[rows], weights[rows], group)
+    torch.save([loss.detach(), *torch.autograd.grad(loss, inputs)], folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_contrastive_loss_of_two_processes_adds_up_to_that_of_the_batch(tmp_path):
+    """Of 4 and 7 images, some of them repeated in the other process, with unequal numbers of captions and weights."""
+    index = torch.arange(11).repeat_interleave(torch.tensor([1, 5, 2, 1, 3, 4, 1, 2, 7, 1, 1]))
+    targets = {"image_ids": torch.tensor([7, 3, 7, 1, 9, 3, 7, 4, 5, 6, 8])}
+    targets |= {"weights": torch.rand(11, dtype=torch.float64) + 0.1}
+    images, texts = (x.double() for x in random_embeddings(index))
+    t = torch.tensor(2.0, dtype=torch.float64)
+    torch.save([images, texts, t, index, *targets.values()], tmp_path / "inputs.pt")
+    torch.multiprocessing.spawn(compute_share, (tmp_path,), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    expected = loss_and_gradients(naive_loss, images, texts, 2.0, torch.float64, image_index=index, **targets)
+    loss, image_grad, text_grad, t_grad = expected
+    assert torch.allclose(first[0] + second[0], loss, rtol=1e-8)
+    assert torch.allclose(torch.cat([first[1], second[1]]), image_grad, rtol=1e-6, atol=1e-10)
+    assert torch.allclose(torch.cat([first[2], second[2]]), text_grad, rtol=1e-6, atol=1e-10)
+    assert torch.allclose(first[3] + second[3], t_grad, rtol=1e-8)
 
 
 DIES = """

@@ -45,11 +45,13 @@ def test_embed_captions_equals_encoding_one_by_one(tiny_model):
 
 
 def test_caption_dataset_truncates_and_pads(tiny_model):
-    dataset = CaptionDataset(["a star", "word " * 100], tiny_model().tokenizer, 7)
+    tokenizer = tiny_model().tokenizer
+    dataset = CaptionDataset(["a", "word " * 100], tokenizer, 7)
     input_ids, attention_mask = dataset.collate([dataset[0], dataset[1]])
     assert len(dataset) == 2
     assert input_ids.shape == attention_mask.shape == (2, 7)
-    assert attention_mask.sum(1).tolist() == [4, 7]
+    assert attention_mask.sum(1).tolist() == [3, 7]
+    assert tokenizer.convert_ids_to_tokens(input_ids[0]) == ["[CLS]", "a", "[SEP]"] + ["[PAD]"] * 4
 
 
 def test_embed_split_equals_the_encoders_and_uses_precomputed_features(tiny_config, tiny_model):

@@ -174,9 +174,9 @@ def test_frozen_batchnorm_stats_normalises_with_the_batch_and_keeps_the_statisti
     model.train()
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with frozen_batchnorm_stats(model):
-        inside = model.image_features(batch.images)
+        inside = model.image_encoder(batch.images)
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
-    assert torch.equal(inside, model.image_features(batch.images))
+    assert torch.equal(inside, model.image_encoder(batch.images))
     assert not all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
     assert all(layer.momentum == 0.1 for layer in batchnorms(model))
 

@@ -18,7 +18,7 @@ from clip import CLIP, load_model, save_model
 from config import InputError
 from dataset import pad_tokens, train_tokenizer
 from modules import ImageEncoder, build_image_encoder, build_text_encoder
-from utils.pretrained import PAPER_IMAGE_ENCODERS, load_local_or_hub, load_timm_state, load_tokenizer, resolve_timm_name
+from utils.pretrained import PAPER_ENCODERS, load_local_or_hub, load_timm_state, load_tokenizer, resolve_timm_name
 
 CAPTIONS = ["a red circle", "a blue square on a green ground, to the left of a red circle", "squares", "a red square"]
 
@@ -52,7 +52,7 @@ def test_unknown_pretrained_tag_is_refused():
 
 
 def test_image_encoder_folder_without_config_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"without a readable config\.json"):
+    with pytest.raises(InputError, match=r"config\.json does not exist"):
         build_image_encoder(str(tmp_path), 32, False)
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     with pytest.raises(InputError, match=r"without a config\.json of timm or of a CLIPModel"):
@@ -172,7 +172,7 @@ def test_paper_name_finds_openai_weights_in_the_local_cache(openai_rn50, tmp_pat
 @pytest.mark.parametrize("name", ["RN50", "RN101", "ViT-B/32", "ViT-B/16"])
 def test_paper_name_without_local_weights_is_refused(name):
     with pytest.raises(InputError, match="neither locally nor on the hub .* or --no-pretrained_image_encoder"):
-        load_timm_state(f"{PAPER_IMAGE_ENCODERS[name]}.openai", PAPER_IMAGE_ENCODERS[name], 224, 512)
+        load_timm_state(f"{PAPER_ENCODERS[name]}.openai", PAPER_ENCODERS[name], 224, 512)
 
 
 @pytest.mark.parametrize(

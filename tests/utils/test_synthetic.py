@@ -17,7 +17,6 @@ from utils.synthetic import (
     RESOLUTION,
     all_scenes,
     generate_dataset,
-    parse_caption,
     render_scene,
     scene_captions,
 )
@@ -46,15 +45,6 @@ def test_generate_dataset_has_the_layout_of_flickr8k(sample, tmp_path):
     assert [np.diff(pairs.caption_offsets).tolist() for pairs in splits.values()] == [[5] * 24, [5] * 8, [5] * 10]
     listed = sorted(file.name for file in Path(sample["captions_path"]).parent.glob("*Images.txt"))
     assert len(listed) == len(SPLIT_FILES)
-
-
-def test_parse_caption_returns_the_contents_of_the_scene():
-    for scene in all_scenes():
-        for caption in scene_captions(scene):
-            background, objects = parse_caption(caption)
-            assert background == scene[0] and sorted(objects) == sorted([scene[1], scene[3]])
-    for other in ("Two dogs on a red square .", "A red ring and a blue box .", "A dog on grass ."):
-        assert parse_caption(other) is None
 
 
 def test_no_two_images_share_their_captions(sample):
