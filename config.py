@@ -45,7 +45,7 @@ class Config:
     cache_images: bool = setting(True, "decode each image once, into a memory-mapped file")
     num_workers: int = setting(4, "data loading processes; 0: load in the training process", 0, 256)
     crop_scale: float = setting(0.5, "minimum area fraction of a random training crop; 1: no cropping", 0.05, 1)
-    color_jitter: float = setting(0.2, "jitter of brightness, contrast and saturation in training", 0, 1)
+    color_jitter: float = setting(0.2, "strength of the brightness, contrast and saturation jitter in training", 0, 1)
     seed: int = setting(42, "random seed of the split, weights, batch order and augmentation", 0, 2**31 - 1)
 
     # ---- model ------------------------------------------------------------------------------------------------
@@ -70,7 +70,7 @@ class Config:
     dropout: float = setting(0.1, "dropout in the projection heads", 0, 0.9)
 
     # ---- optimisation -----------------------------------------------------------------------------------------
-    epochs: int = setting(1, "epochs; each shows every (image, caption) pair once", 1, 100_000)
+    epochs: int = setting(1, "number of epochs; each shows every (image, caption) pair once", 1, 100_000)
     batch_size: int = setting(32, "images per step, over all processes", 2, 2**24)
     micro_batch_size: int = setting(0, "images encoded at once (gradient caching); 0: the whole batch", 0, 2**24)
     image_encoder_lr: float = setting(1e-4, "learning rate of the image encoder", 0, 1)
@@ -80,7 +80,7 @@ class Config:
     max_grad_norm: float = setting(1.0, "maximum gradient norm; 0: no clipping", 0, INF)
     scheduler: str = setting("plateau", "learning-rate schedule", choices=("plateau", "cosine"))
     patience: int = setting(1, "plateau: epochs without a lower validation loss before a reduction", 0, 10_000)
-    factor: float = setting(0.8, "plateau: factor of a reduction", 0.01, 0.99)
+    factor: float = setting(0.8, "plateau: factor by which the learning rates are multiplied", 0.01, 0.99)
     warmup_steps: int = setting(0, "cosine: linear warm-up, steps", 0, 10_000_000)
     ema_decay: float = setting(0.0, "decay of the weights' EMA, which is then evaluated and saved; 0: no EMA",
                                0, 0.99999)
@@ -92,25 +92,26 @@ class Config:
     gan_run: str = setting("", "run with the GAN (python gan.py --run ...); empty: train a CLIP and a GAN first")
     gan_generator: str = setting("affine", "generator architecture: like DF-GAN, or like StyleGAN2",
                                  choices=("affine", "style"))
-    gan_subset: str = setting("", "train it on images whose captions contain one of these words (dog,ball); empty: all")
+    gan_subset: str = setting("", "train the GAN on images whose captions contain one of these comma-separated words; "
+                              "empty: all")
     gan_size: int = setting(64, "resolution of generated images, pixels", choices=(32, 64, 128))
     gan_width: int = setting(64, "channels at full resolution; up to 4 times as many at lower ones", 4, 512)
-    gan_epochs: int = setting(300, "epochs of the GAN; each shows every image once", 1, 100_000)
+    gan_epochs: int = setting(300, "number of epochs of the GAN; each shows every image once", 1, 100_000)
     gan_batch_size: int = setting(64, "images per step of the GAN", 2, 65_536)
     gan_lr: float = setting(2e-4, "learning rate of the generator; that of the discriminator is twice as high", 0, 1)
     gan_ratio: float = setting(0.25, "generated images per real image in a batch; 0: none", 0, 4)
     gan_weight: float = setting(0.5, "loss weight of a generated image; a real one has 1", 0, 10)
-    gan_start: float = setting(0.3, "fraction of the training after which generated images are added", 0, 1)
-    gan_end: float = setting(0.8, "fraction of the training after which they are no longer added", 0, 1)
+    gan_start: float = setting(0.3, "fraction of training after which generated images are added", 0, 1)
+    gan_end: float = setting(0.8, "fraction of training after which they are no longer added", 0, 1)
     gan_filter_top_k: int = setting(10, "CLIP filter: drop a generated image if its caption ranks below this "
                                     "among 100 similar captions; 100: no filter", 1, 100)
-    gan_captions: str = setting("", "file with captions to generate images for, one a line; empty: training captions")
+    gan_captions: str = setting("", "file with captions to generate images for, one per line; empty: training captions")
     gan_clip_weight: float = setting(0.25, "CLIP guidance: gradient norm relative to the discriminator's; 0: none",
                                      0, 10)
 
     # ---- device and precision ---------------------------------------------------------------------------------
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
-    precision: str = setting("auto", "precision of the encoders; auto: bf16 or fp16 on a GPU, float32 on a CPU",
+    precision: str = setting("auto", "precision of the encoders; auto: bf16 or fp16 on a CUDA GPU, else float32",
                              choices=("auto", "float32", "bf16", "fp16"))
     compile: bool = setting(False, "torch.compile both encoders: slow start, faster steps")
 

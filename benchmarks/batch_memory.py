@@ -1,4 +1,4 @@
-"""Peak memory of one training step for growing batches in micro-batches of 64 images.
+"""Peak memory of one training step for increasing batch sizes, in micro-batches of 64 images.
 
     python benchmarks/batch_memory.py
 
@@ -41,7 +41,7 @@ def main():
                 "batch": number,
                 "micro-batches": -(-number // MICRO_BATCH_SIZE),
                 "peak, MB": round(found["bytes"] / 1e6),
-                "of it before the step, MB": round(found["before"] / 1e6),
+                "in use before the step, MB": round(found["before"] / 1e6),
                 "times a plain batch of 64": round(found["bytes"] / plain, 3),
                 "images/s": round(number / found["seconds"], 1),
             }

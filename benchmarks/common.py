@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from config import build_config  # noqa: E402
+from utils.cli import StopRequest  # noqa: E402
 from utils.files import write_json  # noqa: E402
 from utils.flags import parse_flags  # noqa: E402
 
@@ -76,7 +77,7 @@ def benchmark_config(folder, flags, num_images, **defaults):
     Without the flag `--image_path`, `num_images` synthetic images are written to `folder`. Encoders are trained from
     scratch with a tokenizer built from the captions, so nothing is downloaded.
     """
-    given, _ = parse_flags(flags)
+    given, _ = parse_flags(flags, Path(sys.argv[0]).name, "Benchmark; its flags are the settings of main.py.")
     values = {"pretrained": False, "text_tokenizer": "wordpiece", "num_workers": min(4, os.cpu_count()), **defaults}
     values |= {"run": str(Path(folder) / "run"), "cache_path": str(Path(folder) / "cache")}
     if "image_path" not in given:
@@ -99,7 +100,7 @@ def parse_caption(caption):
 
 
 class TrainingLoop:
-    """The program's own training, a few steps at a time: `main.train` up to the first epoch, then `train_one_epoch`."""
+    """The program's own training loop, a few steps at a time: the set-up of `main.train`, then `train_one_epoch`."""
 
     def __init__(self, config):
         import main
@@ -161,14 +162,14 @@ def train_steps(state, batches, counts, config, amp_dtype):
 
     sampler = SimpleNamespace(num_batches=len(counts), micro_batch_counts=lambda: counts)
     state.batch = 0
-    return main.train_one_epoch(state, sampler, batches, config, amp_dtype, stop=False)
+    return main.train_one_epoch(state, sampler, batches, config, amp_dtype, stop=StopRequest())
 
 
 # ---- measuring --------------------------------------------------------------------------------------------------
 
 
 def synchronized_time(device):
-    """Seconds on a monotonic clock, after all processes got here and the device has finished its work."""
+    """Seconds on a monotonic clock, after all processes have reached this point and the device is idle."""
     import torch
     import torch.distributed as dist
 

@@ -86,7 +86,7 @@ def make_row(name, model, encoder, here, paper, size, dim):
         "name": name,
         "built as": model,
         "parameters here": f"{here:,}",
-        "from the paper": f"{paper:,}" if name != "cbow" else "no size given",
+        "from the paper": f"{paper:,}" if name != "cbow" else "not stated",
         "image size": size,
         "width": encoder.width,
         "embedding": dim,

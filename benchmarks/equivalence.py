@@ -1,4 +1,4 @@
-"""Checks that the code gives the same results as an earlier commit: short trainings with both, tensor by tensor.
+"""Compare the results of short training runs with those of an earlier commit, tensor by tensor.
 
     python benchmarks/equivalence.py --reference 4c3953c
 
@@ -68,10 +68,14 @@ TIMES = ("seconds", "images_per_second", "waiting_share", "data_time_share")
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Compare the weights of short trainings with those of another commit.")
+    parser = argparse.ArgumentParser(description="Compare the results of short training runs with another commit.")
     parser.add_argument("--reference", default="4c3953c", help="commit to compare with (default: %(default)s)")
     parser.add_argument(
-        "--only", nargs="+", choices=CONFIGURATIONS, metavar="NAME", help="configurations (default: all)"
+        "--only",
+        nargs="+",
+        choices=CONFIGURATIONS,
+        metavar="NAME",
+        help=f"configurations (default: all): {', '.join(CONFIGURATIONS)}",
     )
     parser.add_argument("--old", type=Path, help=argparse.SUPPRESS)  # a folder in place of the reference commit
     parser.add_argument("--new", type=Path, help=argparse.SUPPRESS)  # a folder in place of this repository
@@ -129,7 +133,7 @@ def train_all(codes, names, folder):
 
 
 def train(name, precision, code, code_folder, folder):
-    """Run one training in a process of its own; returns (run folder, log of its steps, its output if it failed)."""
+    """Train one run in its own process; returns (run folder, log of its steps, its output if it failed)."""
     run = folder / f"{name}, {precision}, {code}"
     data = folder / "data" / ("single" if name.startswith("one caption") else "")
     flags = [*CONFIGURATIONS[name], "--image_path", folder / "data" / "Images", "--captions_path", data]
@@ -272,7 +276,7 @@ def flatten(content, name):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["child"]:  # one training, on each of its processes
+    if sys.argv[1:2] == ["child"]:  # one training run, in each of its processes
         train_here(sys.argv[2], sys.argv[3], sys.argv[4:])
     else:
         main()

@@ -1,4 +1,4 @@
-"""What generated images are worth to CLIP: arms times seeds, paired differences with 95% intervals.
+"""The effect of generated images on CLIP: several arms and seeds, paired differences with 95% intervals.
 
     python benchmarks/gan_ablation.py                                    the synthetic data set, all arms, five seeds
     python benchmarks/gan_ablation.py --share 0.1                        with a tenth of the training images
@@ -12,16 +12,16 @@ fewer images there are more epochs: their number is divided by the share):
     real          real pairs only
     pairs         also generated images with their captions
     shuffled      also generated images, each with the caption of another one: the negative control
-    blurred       also real images downsampled to the resolution of the generator: is it just blur?
+    blurred       also real images downsampled to the resolution of the generator: the control for blur
     captions      real pairs and variants of their captions (extras.augment_captions, same meaning)
     new_captions  also generated images for captions of no image (extras.augment_captions, new meaning)
     sentences     also generated images for captions of scenes outside the data set (few images, many sentences)
-    joint         as pairs, with a GAN that is trained along
+    joint         as pairs, with a GAN that keeps training along with CLIP
 
 With combinations held out, pairs, shuffled and joint generate images for captions with these combinations as well as
 for training captions. The data set, the CLIP of stage 1 and its GAN are created once and shared by all seeds: the
 intervals are for this data set and this GAN. Choose settings with another `--data_seed`, which gives other images and
-holds out other combinations. Fewer than five seeds give no conclusion. Finished runs are kept in `--folder`; a stopped
+holds out other combinations. Fewer than five seeds are inconclusive. Finished runs are kept in `--folder`; a stopped
 benchmark continues there. Other flags are those of main.py (default: --preset demo).
 """
 
@@ -298,18 +298,18 @@ def test_metrics(runs, config, folder):
     """Text-to-image R@1 and R@5 (%), over all test captions and over those with held-out and with seen combinations.
 
     Without a test split, on the validation split: then choose settings elsewhere. On the synthetic data set also the
-    share of colours and shapes of the test images that are named zero-shot (%; see zero_shot_shapes.py). Several runs
+    share of colours and shapes of the test images that are predicted (%; see zero_shot_shapes.py). Several runs
     are an ensemble: the means of their cosines and logits.
     """
     test, models = default_split(config)[1], [load_model(run) for run in runs]
     images = [embed_images(model, test.files) for model in models]
     scores = sum(embed_captions(m, test.captions) @ vectors.T for m, vectors in zip(models, images, strict=True)).cpu()
-    owner = torch.from_numpy(test.image_index)
-    ranks = (scores >= scores.gather(1, owner[:, None])).sum(1)
-    parts = {"": torch.ones(len(owner), dtype=torch.bool)}
+    image_index = torch.from_numpy(test.image_index)
+    ranks = (scores >= scores.gather(1, image_index[:, None])).sum(1)
+    parts = {"": torch.ones(len(image_index), dtype=torch.bool)}
     if (folder / "data" / "held_out.json").exists():
         names = set(read_json(folder / "data" / "held_out.json")["test_images"])
-        held_out = torch.tensor([test.names[image] in names for image in owner.tolist()])
+        held_out = torch.tensor([test.names[image] in names for image in image_index.tolist()])
         parts |= {" held-out": held_out, " seen": ~held_out}
     metrics = {
         f"R@{k}{part}": 100 * (ranks[mask] <= k).double().mean().item() for part, mask in parts.items() for k in (1, 5)
@@ -333,7 +333,7 @@ def interval(differences):
 
 
 def table(results, seeds):
-    """A row per arm: the mean of each metric, and its paired difference to `real` with the 95% interval.
+    """A row per arm: the mean of each metric, and its paired difference from `real` with the 95% interval.
 
     results: {arm: {seed: {metric: value}}}.
     """
@@ -354,13 +354,13 @@ def table(results, seeds):
 
 
 def difference(by_seed, reference, metric, seeds):
-    """The paired difference of a metric to that of the reference, with its interval, as text."""
+    """The paired difference of a metric from that of the reference, with its interval, as text."""
     mean, half_width = interval([by_seed[seed][metric] - reference[seed][metric] for seed in seeds])
     return f"{mean:+.2f} +- {half_width:.2f}{', *' if abs(mean) > half_width else ''}"
 
 
 def differences_to_blurred(results, seeds):
-    """The differences of each arm with generated images to `blurred`: the gain beyond that of blurred real images.
+    """The differences of each arm with generated images from `blurred`: the gain beyond that of blurred real images.
 
     It does not follow from an arm that differs from `real` where `blurred` does not.
     """
@@ -413,11 +413,31 @@ def parse_arguments(argv=None):
         allow_abbrev=False,
     )
     seeds = list(range(1, MIN_SEEDS + 1))
-    parser.add_argument("--arms", nargs="+", choices=ARMS, help="default: all possible ones; `real` is always included")
-    parser.add_argument("--seeds", nargs="+", type=int, default=seeds, help="default: 1 2 3 4 5")
-    parser.add_argument("--share", type=float, default=1.0, help="of the training images, up to 1 (default: 1)")
-    parser.add_argument("--held_out", type=int, default=0, help="combinations of colour and shape (default: 0)")
-    parser.add_argument("--data_seed", type=int, default=0, help="of images, share and combinations (default: 0)")
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        choices=ARMS,
+        help="arms (default: all that apply); `real` is always included",
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=seeds, help="seeds of the runs (default: 1 2 3 4 5)")
+    parser.add_argument(
+        "--share",
+        type=float,
+        default=1.0,
+        help="fraction of the training images to use, above 0 and up to 1 (default: 1)",
+    )
+    parser.add_argument(
+        "--held_out",
+        type=int,
+        default=0,
+        help="number of colour-shape combinations to hold out (default: 0)",
+    )
+    parser.add_argument(
+        "--data_seed",
+        type=int,
+        default=0,
+        help="random seed of the images, the fraction and the combinations (default: 0)",
+    )
     parser.add_argument("--folder", default="runs/ablation", help="folder of the runs (default: runs/ablation)")
     own, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     given, _ = parse_flags(rest)
@@ -460,11 +480,11 @@ def main(argv=None):
     if "blurred" in results and len(own.seeds) >= MIN_SEEDS:
         more["differences to blurred"] = differences_to_blurred(results, own.seeds)
     rows = table(results, own.seeds)
-    note = "paired differences to real with 95% intervals; *: the interval excludes zero"
+    note = "paired differences from real with 95% intervals; *: the interval excludes zero"
     if len(own.seeds) < MIN_SEEDS:
         note = f"{len(own.seeds)} seeds: no conclusion is drawn from fewer than {MIN_SEEDS}"
-    place = folder if len(own.seeds) < MIN_SEEDS else None  # inconclusive results are not among benchmarks/results
-    report(f"gan_ablation-{name}", rows, {"runs": results}, place, note=note, seeds=own.seeds, settings=rest, **more)
+    target = folder if len(own.seeds) < MIN_SEEDS else None  # inconclusive results are not among benchmarks/results
+    report(f"gan_ablation-{name}", rows, {"runs": results}, target, note=note, seeds=own.seeds, settings=rest, **more)
 
 
 if __name__ == "__main__":

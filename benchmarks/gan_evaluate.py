@@ -86,9 +86,9 @@ def diversity(embeddings):
     """The mean distance within a caption relative to that between captions; embeddings (captions, images each, D)."""
     captions, each, _ = embeddings.shape
     distances = torch.cdist(embeddings.flatten(0, 1), embeddings.flatten(0, 1))
-    owner = torch.arange(captions, device=embeddings.device).repeat_interleave(each)
-    same = owner[:, None] == owner
-    within = distances[same].sum() / (same.sum() - len(owner))
+    caption_ids = torch.arange(captions, device=embeddings.device).repeat_interleave(each)
+    same = caption_ids[:, None] == caption_ids
+    within = distances[same].sum() / (same.sum() - len(caption_ids))
     return (within / distances[~same].mean()).item()
 
 
@@ -232,7 +232,7 @@ def evaluate(run, evaluator_run, device, seed=0, paths=None):
         ranks, distances = caption_ranks(embeddings, texts, rng), nearest_distance(embeddings, train_embeddings)
         closer = (distances[:, None] < real_distances).mean() + 0.5 * (distances[:, None] == real_distances).mean()
         # The floor: real training images in place of generated ones.
-        distance, deviation = kernel_distance(features if name == "generated" else train_features, real_features, rng)
+        distance, std = kernel_distance(features if name == "generated" else train_features, real_features, rng)
         background, objects = color_accuracy(images, captions)
         classified = object_accuracy(classifier, images, captions) if classifier else None
         rows.append(
@@ -240,13 +240,13 @@ def evaluate(run, evaluator_run, device, seed=0, paths=None):
                 "images": name,
                 "caption ranks first of 100 (%)": round(100 * (ranks == 1).mean(), 1),
                 "in the top 10 (%)": round(100 * (ranks <= 10).mean(), 1),
-                "kernel distance x 1000": f"{distance:.2f} +- {deviation:.2f}",
+                "kernel distance x 1000": f"{distance:.2f} +- {std:.2f}",
                 "closer to training images (%)": round(100 * closer, 1),
                 "closer than all but 1% of test (%)": round(100 * (distances < close).mean(), 1),
                 "diversity": round(diversity(repeated_embeddings), 2) if name == "generated" else "",
-                "background colour right (%)": "" if background is None else round(background, 1),
-                "object colours right (%)": "" if objects is None else round(objects, 1),
-                "objects classified right (%)": "" if classified is None else round(classified, 1),
+                "background colour correct (%)": "" if background is None else round(background, 1),
+                "object colours correct (%)": "" if objects is None else round(objects, 1),
+                "objects classified correctly (%)": "" if classified is None else round(classified, 1),
             }
         )
     return rows, len(captions)

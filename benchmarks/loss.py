@@ -83,7 +83,7 @@ def forward_backward(number, device):
 
 
 def free_memory(device):
-    """Bytes."""
+    """Free memory of the device in bytes."""
     if device == "cuda":
         import torch
 

@@ -71,7 +71,7 @@ COLUMNS = (
     "gallery",
     "threshold",
     "correct with the image %",
-    "and it ranks first %",
+    "correct and ranked first %",
     "correct without the image %",
     "balanced accuracy %",
 )

@@ -168,7 +168,7 @@ def main():
         ranked = [in_fresh_process("rank", folder) for _ in range(REPEATS)]
 
     def row(what, times):
-        return {"what": what, "milliseconds: median (range)": spread([1000 * t for t in times], 0)}
+        return {"measurement": what, "milliseconds: median (range)": spread([1000 * t for t in times], 0)}
 
     large, small = runs["distilbert"], runs["small"]
     rows = [

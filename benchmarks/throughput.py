@@ -1,7 +1,7 @@
 """Training throughput compared with a plain tutorial loop, and the overhead of a step over its forward and backward.
 
     python benchmarks/throughput.py
-    python benchmarks/throughput.py --model_name resnet18 --text_layers 2 --text_width 256 --size 96 --steps 4
+    python benchmarks/throughput.py --model_name resnet18 --text_layers 2 --text_width 256 --size 96 --batch_size 32
 
 Both loops train the same encoders from scratch on the same data, with the same number of loader processes and of images
 per step, in turn within one process. The tutorial loop iterates over (image, caption) pairs, decodes the JPEG each
@@ -10,7 +10,8 @@ time, pads every caption to the longest of the data set, and trains in float32 a
 per epoch.
 
 "Bare" is forward and backward alone on the same batches, kept in memory: no loading, no gradient clipping and no
-optimizer. Any setting of the program can be given as a flag (`--image_path` and `--captions_path` for other images).
+optimizer. Flags: `--steps` (per round, default 1), `--rounds` (default 3), `--num_images` (synthetic ones, default 200)
+and any setting of the program (`--image_path` and `--captions_path` for other images).
 """
 
 import argparse
@@ -137,7 +138,7 @@ def forward_backward(model, batches, amp_dtype):
 
 
 def time_steps(loop, steps):
-    """Seconds per step, and seconds of it spent waiting for data.
+    """Seconds per step, and how many of them were spent waiting for data.
 
     An untimed step comes first: the previous loop left the memory allocator with blocks of other sizes.
     """
@@ -178,7 +179,7 @@ def measure(config, steps, rounds):
             "pairs/s": spread([pairs[name] / step for step, _ in found], 1),
             "images encoded/s": spread([config.batch_size / step for step, _ in found], 1),
             "step, s": spread([step for step, _ in found], 3),
-            "of it data time, ms": spread([1000 * data_time for _, data_time in found], 1),
+            "data time per step, ms": spread([1000 * data_time for _, data_time in found], 1),
         }
         for name, found in times.items()
     ]

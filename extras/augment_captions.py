@@ -35,13 +35,15 @@ FILTER_TOP_K, FILTER_BATCH = 10, 100  # CLIP has to rank the image among the fir
 
 
 def parse_arguments(argv=None):
-    parser = OneLineParser(prog="python -m extras.augment_captions", description="Write variants of captions.")
+    parser = OneLineParser(prog="python -m extras.augment_captions", description="Write variants of training captions.")
     parser.add_argument("--run", required=True, help="run folder; its training captions are augmented")
-    parser.add_argument("--meaning", choices=("same", "new"), default="same", help="variants' meaning (default: same)")
-    parser.add_argument("--model", help="masked language model, by name or folder (default: the training captions)")
-    parser.add_argument("--number", type=int, default=1000, help="maximum number of variants (from 1, default: 1000)")
-    parser.add_argument("--changes", type=int, default=1, help="words replaced in a caption (from 1, default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="random seed (from 0, default: 0)")
+    parser.add_argument(
+        "--meaning", choices=("same", "new"), default="same", help="meaning of the variants (default: same)"
+    )
+    parser.add_argument("--model", help="masked LM that proposes words (default: the training captions do)")
+    parser.add_argument("--number", type=int, default=1000, help="maximum number of variants (>= 1, default: 1000)")
+    parser.add_argument("--changes", type=int, default=1, help="words replaced per caption (>= 1, default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (>= 0, default: 0)")
     parser.add_argument("--image_path", help="image folder, if it was moved since training")
     parser.add_argument("--captions_path", help="captions file, if it was moved since training")
     parser.add_argument("--output", help="output file (default: captions_same.csv or captions_new.txt)")

@@ -41,7 +41,7 @@ def sample(tmp_path_factory):
 
 
 def tiny_settings(folder, **changes):
-    """Settings with which an epoch takes a second; all output goes to `folder`."""
+    """Settings for which an epoch takes about a second; all output goes to `folder`."""
     settings = {
         "cache_path": str(folder / "cache"),
         "run": str(folder / "run"),
@@ -102,14 +102,14 @@ def trained_run(tmp_path_factory, sample):
 
 
 def draw_image(path, size=(60, 40), seed=0):
-    """Save an image of four quarters in random colors, (width, height) pixels."""
+    """Save an image with four randomly coloured quadrants; `size` is (width, height) in pixels."""
     colors = np.random.default_rng(seed).integers(0, 256, (2, 2, 3), dtype=np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(colors).resize(size, Image.Resampling.NEAREST).save(path)
 
 
 def quarters(size, dtype=np.uint8):
-    """An image of four quarters, (size, size, 3)."""
+    """An image with four coloured quadrants, (size, size, 3)."""
     small = np.array([[[250, 0, 0], [0, 250, 0]], [[0, 0, 250], [250, 250, 0]]], dtype=dtype)
     return small.repeat(size // 2, 0).repeat(size // 2, 1)
 
@@ -158,7 +158,7 @@ def refused(capsys):
 
 @pytest.fixture
 def no_plots(monkeypatch):
-    """Plotting takes longer than a tiny training."""
+    """Skip plotting, which takes longer than training a tiny model."""
     import main
 
     monkeypatch.setattr(main, "plot_curves", lambda *_: None)
@@ -214,7 +214,7 @@ def start_python(*words, output, **options):
 
 
 def save_text_folder(folder, captions=None, **changes):
-    """A folder with a small random BERT, and a tokenizer if captions are given."""
+    """Save a small random BERT, and a tokenizer if captions are given; returns the folder."""
     from transformers import BertConfig, BertModel
 
     size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}

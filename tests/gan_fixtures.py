@@ -23,7 +23,7 @@ def unit(*shape):
 
 @pytest.fixture(name="gan_run", scope="session")
 def gan_run_fixture(tmp_path_factory, trained_run):
-    """A trained run with a GAN of two epochs; read-only."""
+    """A trained run with a GAN trained for two epochs; read-only."""
     folder = tmp_path_factory.mktemp("gan") / "run"
     shutil.copytree(trained_run, folder)
     gan.main(["--run", str(folder), *as_flags(TINY)])
@@ -32,7 +32,7 @@ def gan_run_fixture(tmp_path_factory, trained_run):
 
 @pytest.fixture(name="with_gan")
 def with_gan_fixture(tiny_config, gan_run):
-    """`with_gan(gan_ratio=1.0)`: a `Config` that adds pairs of the GAN of `gan_run` in the whole training."""
+    """`with_gan(gan_ratio=1.0)`: a `Config` that adds pairs from the GAN of `gan_run` throughout training."""
 
     def make(**changes):
         return tiny_config(

@@ -1,4 +1,4 @@
-"""Naive computations with which the tests compare the program's results."""
+"""Naive reference implementations for the tests."""
 
 import torch
 import torch.nn.functional as F

@@ -125,7 +125,7 @@ def test_contrastive_loss_of_one_image_is_zero(rows):
 
 @pytest.mark.usefixtures("each_loss")
 def test_contrastive_loss_of_a_repeated_image_ignores_its_other_captions():
-    """The captions of a repeated image are no negatives of its other rows: moving them away changes only their own
+    """The captions of a repeated image are not negatives of its other rows: moving them away changes only their own
     terms."""
     targets = {"image_index": torch.arange(4), "image_ids": torch.tensor([1, 2, 1, 3])}
     images, texts = random_embeddings(targets["image_index"])
@@ -381,7 +381,7 @@ DAMAGES = {
     ),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "contains no model.safetensors"),
     "no settings": (lambda f: (f / "config.json").unlink(), "contains no config.json"),
-    "no JSON": (lambda f: (f / "config.json").write_text("{"), "cannot be read as JSON"),
+    "invalid JSON": (lambda f: (f / "config.json").write_text("{"), "cannot be read as JSON"),
     "a list": (lambda f: (f / "config.json").write_text("[1]"), "does not hold a JSON object"),
     "missing setting": (lambda f: change_json(f, lambda c: c["settings"].pop("size")), "lacks settings.size"),
     "no settings in it": (lambda f: change_json(f, lambda c: c.pop("settings")), "lacks settings.image_path"),

@@ -1,4 +1,4 @@
-"""What all commands do with --help, bad flags and bad input: an instant answer of one line, and no files."""
+"""All commands answer --help, bad flags and bad input at once, with a one-line error, and leave no files."""
 
 import pickle
 import shutil
@@ -79,7 +79,7 @@ def test_training_without_a_data_set_says_how_to_get_one(refused):
 
 
 def break_data(kind, data):
-    """Damage the data set in the way of `kind`; returns changed settings."""
+    """Damage the data set as described by `kind`; returns changed settings."""
     images, captions = Path(data["image_path"]), Path(data["captions_path"])
     if kind == "no image folder":
         shutil.rmtree(images)
@@ -89,7 +89,7 @@ def break_data(kind, data):
         for name in ("03.jpg", "04.jpg", "05.jpg"):
             (images / name).unlink()
     elif kind == "unreadable image":
-        (images / "03.jpg").write_bytes(b"no image")
+        (images / "03.jpg").write_bytes(b"not an image")
     elif kind == "truncated jpeg":
         rng = np.random.default_rng(0)
         Image.fromarray(rng.integers(0, 256, (80, 80, 3), dtype=np.uint8)).save(images / "03.jpg")
@@ -100,7 +100,7 @@ def break_data(kind, data):
         captions.write_text("image,caption\n", encoding="utf-8")
     elif kind == "wrong columns":
         captions.write_text("photo,text\n03.jpg,A dog\n", encoding="utf-8")
-    elif kind == "endless caption":
+    elif kind == "overlong caption":
         append(captions, "03.jpg," + "word " * 10_000)
     elif kind == "no caption":
         append(captions, "20.jpg,")
@@ -134,7 +134,7 @@ def append(path, line):
         ("empty captions", ["captions.txt is empty"]),
         ("header only", ["captions.txt holds no captions"]),
         ("wrong columns", ["photo", "`image` and `caption`"]),
-        ("endless caption", ["line 42", "10,000 words"]),
+        ("overlong caption", ["line 42", "10,000 words"]),
         ("no caption", ["line 42", "'20.jpg' has no caption"]),
         ("one image", ["1 training", "at least 2"]),
         ("outside", ["'../../secret.jpg'", "inside the image folder"]),
@@ -144,7 +144,7 @@ def append(path, line):
         ("unknown model", ["resnet9000"]),
     ],
 )
-def test_bad_data_is_one_line_and_leaves_nothing(kind, parts, data_set, tiny_config, refused):
+def test_bad_data_gives_a_one_line_error_and_leaves_no_files(kind, parts, data_set, tiny_config, refused):
     data = data_set(TWENTY)
     changes = break_data(kind, data)
     line = refused(main.main, flags(tiny_config(**data, **changes)))
@@ -154,7 +154,7 @@ def test_bad_data_is_one_line_and_leaves_nothing(kind, parts, data_set, tiny_con
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_unreadable_image_found_during_training_is_one_line(num_workers, data_set, tiny_config, refused):
+def test_unreadable_image_found_during_training_gives_a_one_line_error(num_workers, data_set, tiny_config, refused):
     data = data_set(TWENTY)
     for file in Path(data["image_path"]).iterdir():
         file.write_bytes(file.read_bytes()[:-300])
@@ -168,7 +168,7 @@ def test_unreadable_image_found_during_training_is_one_line(num_workers, data_se
 
 @pytest.fixture
 def search(trained_run, refused):
-    """The line with which a search on the trained run is refused."""
+    """`search(*argv)`: the one-line error of a search on the trained run that is refused."""
 
     def call(*argv, run=trained_run):
         line = refused(inference.main, [*argv, "--run", run, "--device", "cpu", "--output", "out.png"])
@@ -191,7 +191,7 @@ def test_search_refuses_a_folder_without_images(search):
     Path("empty").mkdir()
     assert "empty" in search("a dog", "--images", "empty")
     Path("gallery").mkdir()
-    Path("gallery/b.jpg").write_bytes(b"no image")
+    Path("gallery/b.jpg").write_bytes(b"not an image")
     assert "b.jpg cannot be read" in search("a dog", "--images", "gallery", "--n", "1")
 
 

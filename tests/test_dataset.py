@@ -160,7 +160,7 @@ def test_missing_image_is_named_and_the_others_counted(data_set, tmp_path):
         load_splits(Config(**tiny_settings(tmp_path, **paths)))
 
 
-def test_image_name_that_no_system_allows_is_missing(tmp_path):
+def test_overlong_image_name_is_reported_as_missing(tmp_path):
     with pytest.raises(InputError, match="is missing"):
         dataset.check_files([tmp_path / ("x" * 5000)])
 
@@ -408,7 +408,7 @@ def test_pair_targets_of_concatenated_batches():
     assert alone["weights"] is None  # all 1
 
 
-def test_batch_to_moves_every_tensor_and_keeps_what_is_missing():
+def test_batch_to_moves_every_tensor_and_keeps_none():
     batch = make_batch([0, 1], [3, 4], images=torch.zeros(2, 3, 4, 4), weights=torch.ones(2))
     moved = batch.to("meta")
     for name, value in vars(batch).items():

@@ -1,4 +1,4 @@
-"""The GAN: networks and losses against naive computations, its training, its images in the training of CLIP."""
+"""The GAN: networks and losses against naive computations, GAN training, and generated pairs in CLIP training."""
 
 import copy
 import dataclasses
@@ -60,11 +60,11 @@ def test_discriminator_logit_is_realness_plus_match_of_image_and_caption():
         assert logit.item() == pytest.approx(discriminator.realness(h).item() + match / math.sqrt(len(c)), abs=1e-5)
 
 
-def test_caption_conditioning_whitens_and_damps_directions_of_little_variance():
+def test_caption_conditioning_whitens_and_damps_low_variance_directions():
     torch.manual_seed(0)
     axes = torch.linalg.qr(torch.randn(16, 16)).Q
-    deviations = torch.tensor([1.0] * 3 + [0.3] * 3 + [1e-4] * 10)
-    embeddings = (torch.randn(5000, 16) * deviations) @ axes.T + 0.7
+    stds = torch.tensor([1.0] * 3 + [0.3] * 3 + [1e-4] * 10)
+    embeddings = (torch.randn(5000, 16) * stds) @ axes.T + 0.7
     conditioning = CaptionConditioning(16)
     conditioning.fit(embeddings)
     whitened = (embeddings - conditioning.mean) @ conditioning.whitening
@@ -159,7 +159,7 @@ def test_loss_with_groups_and_weights_equals_the_naive_one():
     assert loss.item() == pytest.approx(naive_loss(images, texts, 1.5, image_index, image_ids, weights), rel=1e-9)
 
 
-def test_images_of_one_group_are_no_negatives():
+def test_images_of_one_group_are_not_negatives():
     # Two images of one group and nothing else: no negatives, so no loss and no gradient.
     images, texts = unit(2, 8).requires_grad_(), unit(2, 8).requires_grad_()
     loss = contrastive_loss(images, texts, torch.tensor(2.0), image_ids=torch.tensor([4, 4]))
@@ -400,9 +400,9 @@ def test_clip_filter_keeps_images_with_a_high_rank_and_counts_the_rest(with_gan,
     clip = load_model(gan_run)
     with torch.no_grad():
         image_embeddings = clip.encode_image(images)
-    kept, owner, texts = [], splits["train"].image_index, augmentation.embeddings
+    kept, image_index, texts = [], splits["train"].image_index, augmentation.embeddings
     for caption, image in zip(chosen.tolist(), image_embeddings, strict=True):
-        others = [o for o in range(120) if owner[o] != owner[caption]]
+        others = [o for o in range(120) if image_index[o] != image_index[caption]]
         others = sorted(others, key=lambda o: -float(texts[o] @ texts[caption]))[:99]
         above = [o for o in others if float(image @ texts[o]) >= float(image @ texts[caption])]
         if len(above) < 30:
@@ -410,7 +410,7 @@ def test_clip_filter_keeps_images_with_a_high_rank_and_counts_the_rest(with_gan,
     assert 0 < len(kept) < 40
     batch = augmentation.generate_batch(chosen, torch.Generator().manual_seed(0))
     assert torch.equal(batch.images, images[kept])
-    assert batch.image_ids.tolist() == [owner[caption] for caption in kept]
+    assert batch.image_ids.tolist() == [image_index[caption] for caption in kept]
     assert augmentation.end_epoch(None) == {"generated": 40, "dropped_by_filter": 40 - len(kept)}
     assert augmentation.end_epoch(None) == {"generated": 0, "dropped_by_filter": 0}
 
@@ -425,9 +425,9 @@ def test_training_captions_are_distractors_of_a_caption_list(with_gan, tmp_path,
     with torch.no_grad():
         image_embeddings = clip.encode_image(images)
     own, distractors = embed_captions(clip, new), embed_captions(clip, [*new, *train.captions])
-    owner, expected = [-1, -2, train.image_index[7], *train.image_index.tolist()], []
+    groups, expected = [-1, -2, train.image_index[7], *train.image_index.tolist()], []
     for i, image in enumerate(image_embeddings):
-        others = [j for j in range(123) if owner[j] != owner[i]]
+        others = [j for j in range(123) if groups[j] != groups[i]]
         others = sorted(others, key=lambda j: -float(distractors[j] @ own[i]))[:99]
         expected.append(sum(float(image @ distractors[j]) >= float(image @ own[i]) for j in others) < 30)
     assert augmentation.clip_filter(images, chosen).tolist() == expected
@@ -533,7 +533,7 @@ def test_all_stages_are_trained_once(tiny_config, tmp_path, capsys):
     assert len((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 2
 
 
-def test_several_processes_do_not_train_one_gan(tiny_config, monkeypatch, refused):
+def test_gan_training_in_several_processes_is_refused(tiny_config, monkeypatch, refused):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "a GAN is trained in one" in refused(main.main, flags(tiny_config(gan="pairs", **TINY)))
 

@@ -331,8 +331,8 @@ def test_evaluate_one_run_and_an_ensemble(run, sample, tmp_path, capsys, tiny_mo
         (["a dog", "--output", "nowhere/x.png"], "output is nowhere/x.png"),
     ],
 )
-def test_bad_input_is_one_line(run, gallery, refused, words, message):
-    Path("broken.jpg").write_bytes(b"no image")
+def test_bad_input_gives_a_one_line_error(run, gallery, refused, words, message):
+    Path("broken.jpg").write_bytes(b"not an image")
     Path("photo.jpg").write_bytes(b"an image")
     rest = [] if "--images" in words else ["--images", "gallery"]
     rest += [] if "--run" in words else ["--run", "run"]
@@ -341,7 +341,7 @@ def test_bad_input_is_one_line(run, gallery, refused, words, message):
 
 def test_unreadable_image_in_the_gallery_is_skipped_with_a_warning(run, gallery, capsys, refused):
     (before,) = search(capsys, "a dog", "--run", run, "--images", gallery)
-    (gallery / "b2.jpg").write_bytes(b"no image")
+    (gallery / "b2.jpg").write_bytes(b"not an image")
     for _ in range(2):  # each search tries again
         main(["a dog", "--run", str(run), "--images", str(gallery), "--json"])
         output = capsys.readouterr()
@@ -353,7 +353,7 @@ def test_unreadable_image_in_the_gallery_is_skipped_with_a_warning(run, gallery,
             expected = pytest.approx([result[name] for result in before["results"]], abs=1e-4)
             assert [result[name] for result in found["results"]] == expected
     for file in gallery.rglob("*.*"):
-        file.write_bytes(b"no image")
+        file.write_bytes(b"not an image")
     assert "none of the images can be read" in refused(main, ["a dog", "--run", run, "--images", gallery])
 
 
@@ -368,7 +368,7 @@ def test_image_is_found_once_it_is_readable(run, gallery, capsys):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="such names are possible on Linux only")
-def test_undecodable_names_and_links_to_themselves(run, gallery, capsys):
+def test_undecodable_names_and_links_to_themselves_are_handled(run, gallery, capsys):
     (gallery / "0.jpg").rename(gallery / os.fsdecode(b"bad\xff.jpg"))
     (gallery / "loop.jpg").symlink_to("loop.jpg")
     (found,) = search(capsys, "a dog", "--run", run, "--images", gallery)
@@ -408,11 +408,11 @@ def test_closed_pipe_still_saves_the_plot(run, gallery):
     assert (gallery / "m.png").exists()
 
 
-def test_no_trained_run(refused):
+def test_search_without_a_trained_run_is_refused(refused):
     assert "no trained run in runs/" in refused(main, ["a dog"])
 
 
-def test_sentence_longer_than_any_file_name(trained_run, tmp_path, sample):
+def test_sentence_longer_than_any_file_name_is_accepted(trained_run, tmp_path, sample):
     long = "a red ring and " * 40
     main(["--run", str(trained_run), long, "--images", sample["image_path"], "--output", "m.png"])
     assert (tmp_path / "m.png").exists()

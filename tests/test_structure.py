@@ -1,4 +1,4 @@
-"""The structure of the source: who imports whom, and the sizes of files and functions."""
+"""Source structure: allowed imports, and the sizes of files and functions."""
 
 import ast
 
@@ -84,7 +84,7 @@ def test_seven_modules_and_two_packages_hold_the_source():
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_file_imports_only_what_its_place_allows(name):
+def test_file_imports_only_what_its_layer_allows(name):
     found = project_imports(name, lazy=False) | project_imports(name, lazy=True)
     assert found <= ALLOWED[name], sorted(found - ALLOWED[name])
 
@@ -105,7 +105,7 @@ def test_light_files_import_nothing_heavy(name):
 
 
 def test_training_and_gan_import_nothing_of_search():
-    """Neither themselves, lazily included, nor through what they import at the top level."""
+    """Neither directly (lazy imports included) nor through their top-level imports."""
     reached, left = set(), {"main", "gan"}
     while left:
         name = left.pop()
@@ -146,9 +146,9 @@ def test_the_seven_have_at_most_2400_lines():
     assert sum(sizes.values()) <= 2400, (sum(sizes.values()), sizes)
 
 
-def test_source_has_at_most_5000_lines():
+def test_source_has_at_most_5600_lines():
     sizes = {name: num_lines(name) for name in FILES}
-    assert sum(sizes.values()) <= 5000, (sum(sizes.values()), sizes)
+    assert sum(sizes.values()) <= 5600, (sum(sizes.values()), sizes)
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -117,7 +117,7 @@ def read_caption_list(path):
         group, tab, caption = line.partition("\t")
         found.setdefault(caption.strip() if tab else line, group if tab else line)
     if len(found) < 2:
-        raise InputError(f"{path} holds {len(found)} captions: give at least 2, one a line")
+        raise InputError(f"{path} holds {len(found)} captions: give at least 2, one per line")
     return list(found), list(found.values())
 
 

@@ -13,6 +13,12 @@ BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "n
 # The first setting of each group in --help.
 HELP_GROUPS = {"image_path": "paths", "size": "data", "model_name": "model", "epochs": "optimisation"}
 HELP_GROUPS |= {"gan": "GAN stage", "device": "device and precision"}
+# Meanings that differ in the --help of gan.py, a command for a trained run.
+MEANINGS_FOR_A_RUN = {
+    "run": "trained run whose CLIP conditions the GAN; the GAN is saved in its gan/",
+    "resume": "continue training the GAN of the run",
+    "seed": "random seed of the GAN's training",
+}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -52,13 +58,16 @@ def add_flags(parser, shown=None):
             group = parser.add_argument_group(HELP_GROUPS[field.name])
         meta, kind = field.metadata, kind_of(field)
         legal = f"{meta['low']} to {meta['high']}, " if meta["low"] is not None else ""
-        default = repr(field.default) if shown is None else "that of the run"
-        text = f"{meta['meaning']} ({legal}default: {default})".replace("%", "%%")
+        meaning = meta["meaning"] if shown is None else MEANINGS_FOR_A_RUN.get(field.name, meta["meaning"])
+        default = f"default: {field.default!r}" if shown is None else "default: that of the run"
+        default = "required" if shown is not None and field.name == "run" else default
+        text = f"{meaning} ({legal}{default})".replace("%", "%%")
         options = {"type": flag_type(field), "default": argparse.SUPPRESS}
         options["help"] = text if shown is None or field.name in shown else argparse.SUPPRESS
         options |= {"choices": meta["choices"]} if meta["choices"] else {"metavar": kind.__name__}
         if kind is bool:
-            options |= {"nargs": "?", "const": True, "metavar": "true|false"}
+            values = "true|false|none" if "None" in str(field.type) else "true|false"
+            options |= {"nargs": "?", "const": True, "metavar": values}
             hidden = {"action": "store_false", "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
             group.add_argument(f"--no-{field.name}", dest=field.name, **hidden)
         group.add_argument(f"--{field.name}", **options)

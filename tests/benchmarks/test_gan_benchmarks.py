@@ -48,13 +48,13 @@ def test_interval_uses_the_quantile_of_students_t(n, quantile):
     assert half_width == pytest.approx(quantile * statistics.stdev(differences) / n**0.5, rel=1e-3)
 
 
-def test_interval_contains_the_mean_in_95_percent():
+def test_interval_contains_the_mean_in_95_percent_of_cases():
     draws = np.random.default_rng(0).normal(3.0, 2.0, (2000, 5))
     held = [abs(mean - 3.0) <= half for mean, half in map(gan_ablation.interval, draws.tolist())]
     assert np.mean(held) == pytest.approx(0.95, abs=0.015)
 
 
-def test_table_pairs_the_seeds_and_does_not_conclude_from_few():
+def test_table_pairs_the_seeds_and_reports_too_few_seeds():
     real = {1: {"R@1": 10.0}, 2: {"R@1": 30.0}, 3: {"R@1": 20.0}, 4: {"R@1": 50.0}, 5: {"R@1": 40.0}}
     more = {
         seed: {"R@1": metrics["R@1"] + gain}
@@ -84,9 +84,9 @@ def test_kernel_distance_equals_double_loops():
 
     within = sum(kernel(x[i], x[j]) / (12 * 11) for x in (a, b) for i in range(12) for j in range(12) if i != j)
     between = sum(kernel(x, y) for x in a for y in b) / 144
-    distance, deviation = gan_evaluate.kernel_distance(a, b, rng, subsets=3, size=12)
+    distance, std = gan_evaluate.kernel_distance(a, b, rng, subsets=3, size=12)
     assert distance == pytest.approx(1000 * (within - 2 * between))
-    assert deviation == pytest.approx(0, abs=1e-9)  # the subsets are the whole
+    assert std == pytest.approx(0, abs=1e-9)  # each subset is the full set
 
 
 def test_caption_ranks_are_among_a_hundred():
@@ -105,7 +105,7 @@ def test_diversity_is_0_for_copies_and_1_for_unrelated_images():
     assert gan_evaluate.diversity(torch.randn(40, 4, 8)) == pytest.approx(1, abs=0.05)
 
 
-def test_colors_of_synthetic_images_are_recognised():
+def test_color_accuracy_of_synthetic_images():
     rng = np.random.default_rng(0)
     scenes = [all_scenes()[i] for i in rng.permutation(len(all_scenes()))[:40]]
     images = [torch.from_numpy(np.array(render_scene(s, rng).resize((32, 32)))).permute(2, 0, 1) / 255 for s in scenes]
@@ -200,7 +200,7 @@ def small_flags(tmp_path, monkeypatch):
 
 
 def keep_in(saved):
-    return lambda name, rows, details, place, **more: saved.update(rows=rows, **details, **more)
+    return lambda name, rows, details, folder, **more: saved.update(rows=rows, **details, **more)
 
 
 def test_ablation_with_held_out_combinations(tmp_path, monkeypatch, small_flags):
@@ -282,7 +282,7 @@ def test_ablation_refuses_bad_arguments(tmp_path, small_flags, refused, own, lin
     assert not (tmp_path / "out").exists()
 
 
-def test_help_of_the_ablation(capsys):
+def test_ablation_help_describes_the_arms(capsys):
     with pytest.raises(SystemExit):
         gan_ablation.main(["--help"])
     printed = capsys.readouterr().out

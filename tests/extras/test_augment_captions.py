@@ -38,7 +38,7 @@ def many_pairs():
 
 
 def without_synonyms(caption):
-    """The words of a caption, the synonyms of shapes replaced by the shapes."""
+    """The words of a caption, with synonyms of shapes replaced."""
     shapes = {synonym: shape for shape, synonym in SHAPES.items()}
     return [shapes.get(word, word) for word in split_words(caption)]
 
@@ -63,7 +63,7 @@ def test_same_meaning_is_preserved(many_pairs):
         assert without_synonyms(variant) == without_synonyms(original)  # colours, shapes, relation, background
 
 
-def test_new_meaning_changes_one_word_and_is_no_training_caption(pairs):
+def test_new_meaning_changes_one_word_and_is_not_a_training_caption(pairs):
     rows = augment_captions(pairs, TrigramProposals(pairs.captions), "new")
     assert len(rows) > 20
     changed = set()
@@ -85,7 +85,7 @@ def test_variants_are_deterministic_for_a_seed(pairs):
     assert len(first) == 10
 
 
-def test_known_captions_are_no_variants(pairs):
+def test_known_captions_are_not_proposed_as_variants(pairs):
     propose = TrigramProposals(pairs.captions)
     unseen = {variant for _, _, variant in augment_captions(pairs, propose, "new")}
     again = {variant for _, _, variant in augment_captions(pairs, propose, "new", known=list(unseen)[:10])}

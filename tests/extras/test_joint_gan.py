@@ -30,9 +30,9 @@ def test_every_encoder_mixes_the_same_captions(with_gan):
             between = a + batch.lam[i] * (b - a)
             torch.testing.assert_close(vector, between / between.norm())
     assert 0 < (batch.lam == 0).sum() < 12  # half of them are not mixed
-    owner = joint.data.image_index
-    assert owner[batch.captions].tolist() == owner[batch.other_captions].tolist() == list(range(12))
-    assert (owner[batch.hard_negatives] != torch.arange(12)[:, None]).all()
+    image_index = joint.data.image_index
+    assert image_index[batch.captions].tolist() == image_index[batch.other_captions].tolist() == list(range(12))
+    assert (image_index[batch.hard_negatives] != torch.arange(12)[:, None]).all()
 
 
 def test_terms_reach_the_parameters_of_the_table(with_gan):
@@ -49,7 +49,7 @@ def test_terms_reach_the_parameters_of_the_table(with_gan):
     }
 
     def reached():
-        """The networks with a gradient other than zero; clears it."""
+        """The names of the networks with a nonzero gradient; clears all gradients."""
         found = set()
         for name, network in networks.items():
             if any(p.grad is not None and p.grad.any() for p in network.parameters()):
@@ -67,9 +67,9 @@ def test_terms_reach_the_parameters_of_the_table(with_gan):
         assert temperature_reached()
         assert reached() == {"clip"}
 
-    learned = joint.data.batch(batch.image_ids)
-    real, embeddings = learned.real, learned.mix(joint.data.embed)
-    mismatched = joint.data.embed(learned.hard_negatives)
+    gan_batch = joint.data.batch(batch.image_ids)
+    real, embeddings = gan_batch.real, gan_batch.mix(joint.data.embed)
+    mismatched = joint.data.embed(gan_batch.hard_negatives)
     fake = trainer.generator(torch.randn(8, NOISE_DIM), embeddings)
     # BCE and R1 of the discriminator
     trainer.step = 0
@@ -78,10 +78,10 @@ def test_terms_reach_the_parameters_of_the_table(with_gan):
     # BCE of the generator alone
     trainer.generator_step(fake, embeddings)
     assert reached() == {"generator"}
-    # CLIP guidance alone: a gradient at the images, `weight` times as long as that of the discriminator
+    # CLIP guidance alone: a gradient with respect to the images, with `weight` times the norm of the discriminator's
     fake = trainer.generator(torch.randn(8, NOISE_DIM), embeddings)
     gradient = torch.randn_like(fake)
-    guidance = gan.clip_guidance(joint.clip_ema, learned.mix(joint.encode), 0.3, None, fake, gradient)
+    guidance = gan.clip_guidance(joint.clip_ema, gan_batch.mix(joint.encode), 0.3, None, fake, gradient)
     assert reached() == set()
     assert guidance.norm().item() == pytest.approx(0.3 * gradient.norm().item(), rel=1e-4)
     fake.backward(guidance)

@@ -46,7 +46,7 @@ def test_fit_rates_counts_queries():
 
 
 def random_rates(number=100):
-    """Rates of matching results with scores around 0.6 and of others with scores around 0.3, and the scores."""
+    """Rates for matching scores around 0.6 and other scores around 0.3, and the scores themselves."""
     rng = np.random.default_rng(1)
     positive, negative = rng.normal(0.6, 0.1, 2000), rng.normal(0.3, 0.1, 2000)
     scores = {"true_positive_rate": positive, "false_positive_rate": negative}

@@ -36,8 +36,8 @@ def gallery(tmp_path):
     folder = tmp_path / "gallery"
     for seed, name in enumerate(("a.jpg", "b.PNG", "sub/c.webp", "sub/deep/d.jpg")):
         draw_image(folder / name, seed=seed)
-    (folder / "notes.txt").write_text("no image")
-    (folder / "sub/._c.jpg").write_text("no image either")
+    (folder / "notes.txt").write_text("not an image")
+    (folder / "sub/._c.jpg").write_text("not an image either")
     return folder
 
 
@@ -154,7 +154,7 @@ def test_index_of_another_format_is_rebuilt(run, gallery, embedded, capsys, monk
     assert "has the format of another version: it is rebuilt" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("damage", [b"", b"no index", None], ids=["empty", "nonsense", "cut off"])
+@pytest.mark.parametrize("damage", [b"", b"not an index", None], ids=["empty", "nonsense", "cut off"])
 def test_damaged_index_is_rebuilt(run, gallery, embedded, capsys, damage):
     refresh(run, gallery)
     (path,) = run.folder.glob("*.safetensors")

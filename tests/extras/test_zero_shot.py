@@ -41,7 +41,7 @@ def test_label_embeddings_refuses_a_template_without_braces(tiny_model):
         label_embeddings(tiny_model(), ["a", "b"], ["a photo"])
 
 
-def test_evaluate_labels_counts():
+def test_evaluate_labels_counts_predictions():
     logits = torch.tensor([[2.0, 1, 0], [0, 1, 2], [2, 1, 0], [0, 3, 0]])
     found = evaluate_labels(logits, ["a", "a", "a", "b"], ["a", "b", "c"])
     assert found["confusion"] == [[2, 0, 1], [0, 1, 0], [0, 0, 0]]
@@ -105,7 +105,7 @@ def test_zero_shot_command(tmp_path, tiny_model, capsys, refused):
     assert found["accuracy"] == pytest.approx(100 * right / 3)
     assert found["labels"] == ["blue", "red"] and (tmp_path / "confusion.png").stat().st_size > 1000
     draw_image(tmp_path / "tree/red/damaged.jpg")
-    (tmp_path / "tree/red/damaged.jpg").write_bytes(b"no image")
+    (tmp_path / "tree/red/damaged.jpg").write_bytes(b"not an image")
     main([str(word) for word in [*words, "--json", "--template", "a {}"]])
     output = capsys.readouterr()
     assert json.loads(output.out) == found and "damaged.jpg cannot be read" in output.err
@@ -116,7 +116,7 @@ def test_zero_shot_command(tmp_path, tiny_model, capsys, refused):
     assert "zero_shot" in refused(main, ["--run", tmp_path / "run", "--zero_shot", tmp_path / "nothing"])
 
 
-def test_labels_of_an_image(tmp_path, tiny_model, capsys):
+def test_image_is_classified_by_its_labels(tmp_path, tiny_model, capsys):
     model = tiny_model()
     save_model(model, tmp_path / "run/best")
     draw_image(tmp_path / "photo.jpg", seed=1)

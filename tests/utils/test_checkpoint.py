@@ -21,7 +21,7 @@ from utils.checkpoint import read_checkpoint, save_checkpoint
 
 TIMING = ("seconds", "images_per_second", "data_time_share")
 
-# All that could make a resume inexact: dropout, crops, jitter, two captions per image, micro-batches, EMA, BatchNorm,
+# All that could make resuming inexact: dropout, crops, jitter, two captions per image, micro-batches, EMA, BatchNorm,
 # the cosine schedule. 9 steps per epoch.
 EXACT = {
     "epochs": 3,
@@ -46,7 +46,7 @@ def uninterrupted(tmp_path_factory, sample):
 
 
 def outcome(folder):
-    """All that a run writes except its plots and timings, {name: tensor or text}."""
+    """Everything a run writes except plots and timings, {name: tensor or text}."""
     folder = Path(folder)
     checkpoint = torch.load(folder / "last.pt", weights_only=True)
     lines = read_json_lines(folder / "metrics.jsonl")
@@ -254,7 +254,7 @@ def test_save_checkpoint_refuses_a_diverged_state(tiny_config, fit):
 def test_damaged_checkpoint_is_refused(trained_run, tmp_path, refused):
     run = shutil.copytree(trained_run, tmp_path / "copy")
     argv = ["--resume", "--run", run, "--epochs", "3", "--cache_path", tmp_path / "cache"]
-    for content in (b"", b"no zip", (trained_run / "last.pt").read_bytes()[:-100]):
+    for content in (b"", b"not a zip file", (trained_run / "last.pt").read_bytes()[:-100]):
         (run / "last.pt").write_bytes(content)
         assert "last.pt cannot be read as a checkpoint of this run" in refused(main.main, argv)
     for content in ({"model": {}}, [1, 2], torch.zeros(3)):

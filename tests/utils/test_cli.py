@@ -1,4 +1,4 @@
-"""What the commands share: one-line errors, exit statuses, signals."""
+"""Behaviour shared by the commands: one-line errors, exit statuses, signals."""
 
 import io
 import signal
@@ -25,13 +25,13 @@ def test_input_error_ends_a_command_with_one_line(refused):
     assert refused(command, ["this"]) == "this is wrong"
 
 
-def test_input_error_from_a_loader_process_is_one_line(refused):
+def test_input_error_from_a_loader_process_gives_one_line(refused):
     # PyTorch raises the exception of a worker again, with its traceback as the message.
     message = 'Caught InputError in DataLoader worker process 0.\n  File "x"\nconfig.InputError: bad x\n'
     assert refused(failing(InputError(message)), []) == "bad x"
 
 
-def test_operating_system_error_is_one_line(refused):
+def test_operating_system_error_gives_one_line(refused):
     assert "No space left" in refused(failing(OSError(28, "No space left on device")), [])
     assert "Permission denied: 'x'" in refused(failing(PermissionError(13, "Permission denied", "x")), [])
     assert refused(failing(OSError()), []) == "OSError()"

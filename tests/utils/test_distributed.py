@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("no_plots")
 
 
 def torchrun(*words, output):
-    """Two processes. The `--` is needed: without it torchrun takes our --run for a flag of its own."""
+    """Start two processes with torchrun. The `--` keeps torchrun from parsing --run as its own flag."""
     return start_python("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "--", *words,
                         output=output)  # fmt: skip
 
@@ -80,7 +80,7 @@ def compute_share(rank, folder):
 
 
 def test_contrastive_loss_of_two_processes_adds_up_to_that_of_the_batch(tmp_path):
-    """Of 4 and 7 images, some of them repeated in the other process, with unequal numbers of captions and weights."""
+    """Processes with 4 and 7 images, some repeated across processes, with unequal caption counts and weights."""
     index = torch.arange(11).repeat_interleave(torch.tensor([1, 5, 2, 1, 3, 4, 1, 2, 7, 1, 1]))
     targets = {"image_ids": torch.tensor([7, 3, 7, 1, 9, 3, 7, 4, 5, 6, 8])}
     targets |= {"weights": torch.rand(11, dtype=torch.float64) + 0.1}

@@ -56,7 +56,7 @@ def test_images_that_exceed_the_memory_are_refused(trained_run, refused, monkeyp
 def test_recall_counts_captions_in_the_top_10():
     embeddings = torch.eye(30)
 
-    class TwoThirdsRight:  # a CLIP that sees the caption in the image, a wrong one in every third image
+    class TwoThirdsCorrect:  # a CLIP that embeds each image as its caption, but every third one as another caption
         config = SimpleNamespace(size=32)
 
         def encode_image(self, images):
@@ -72,8 +72,8 @@ def test_recall_counts_captions_in_the_top_10():
         splits = [SimpleNamespace(sample_embeddings=lambda part=part: part) for part in (validation, train)]
         return gan_data.recall_at_10(clip, lambda *_, **__: None, *splits)
 
-    # With a wrong embedding, the own caption ties with 28 others.
-    assert recall(TwoThirdsRight(), embeddings, embeddings[:0]) == pytest.approx(100 * 20 / 30)
+    # With the embedding of another caption, an image's own caption ties with 28 others.
+    assert recall(TwoThirdsCorrect(), embeddings, embeddings[:0]) == pytest.approx(100 * 20 / 30)
     # Among 10 candidates any rank is in the top 10.
     assert recall(Blind(), embeddings[:3], embeddings[3:10]) == 100
     assert recall(Blind(), embeddings[:3], embeddings[3:11]) == 0

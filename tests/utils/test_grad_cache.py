@@ -25,7 +25,7 @@ NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
 
 def build(config, sizes):
-    """A model and micro-batches with these numbers of images, with two captions each, as the loader gives them."""
+    """A model, and micro-batches of the given sizes as the loader yields them, with two captions per image."""
     pairs = load_splits(config)["train"]
     model = CLIP(config, train_tokenizer(pairs.captions))
     store = ImageStore(pairs.files, storage_resolution(config.size))

@@ -81,7 +81,7 @@ def test_decode_image_reports_a_damaged_avif_file(tmp_path):
         decode_image(tmp_path / "a.jpg", 20)
 
 
-def test_decode_image_reports_truncated_and_foreign_files(tmp_path):
+def test_decode_image_reports_truncated_and_non_image_files(tmp_path):
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (80, 80, 3), dtype=np.uint8)).save(tmp_path / "a.jpg")
     complete = (tmp_path / "a.jpg").read_bytes()
@@ -221,7 +221,7 @@ def test_image_store_reads_the_same_from_files_and_from_the_cache(files, tmp_pat
 
 
 def test_evaluation_images_record_failures_or_raise(files):
-    files[2].write_bytes(b"no image")
+    files[2].write_bytes(b"not an image")
     failed = {}
     images = EvaluationImages(ImageStore(files, 36), [3, 2, 1], 32, failed)
     batch = images.__getitems__([0, 1, 2])

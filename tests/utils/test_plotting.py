@@ -1,4 +1,4 @@
-"""Figures: aspect ratios are kept, all that was requested is drawn, unusual sizes and texts are handled."""
+"""Figures: aspect ratios are kept, everything requested is plotted, unusual sizes and texts are handled."""
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ def test_open_image_is_upright_and_keeps_its_aspect_ratio(tmp_path):
 
 
 def test_open_image_refuses_damaged_files(tmp_path):
-    (tmp_path / "damaged.jpg").write_bytes(b"no image")
+    (tmp_path / "damaged.jpg").write_bytes(b"not an image")
     with pytest.raises(InputError, match="damaged.jpg cannot be read"):
         open_image(tmp_path / "damaged.jpg")
 
@@ -129,7 +129,7 @@ def test_dollar_signs_are_not_parsed_as_formulas(tmp_path):
     assert Image.open(tmp_path / "grid.png").size[0] > 100
 
 
-def test_plot_matches_frames_the_own_image_of_each_caption(tmp_path):
+def test_plot_matches_frames_each_captions_own_image(tmp_path):
     names = [f"{i}.png" for i in range(6)]
     for name in names:
         Image.new("RGB", (60, 60), (10, 20, 230)).save(tmp_path / name)

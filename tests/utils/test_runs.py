@@ -145,7 +145,7 @@ def test_gan_settings_override_a_preset_and_are_not_attributed_to_it():
 # ---- folders ----------------------------------------------------------------------------------------------------
 
 
-def test_newest_run_of_trained_runs():
+def test_newest_run_with_trained_ignores_untrained_runs():
     for number, name in enumerate(("a", "b", "c")):
         save_run(name, 0)
         if name != "c":
