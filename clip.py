@@ -23,6 +23,7 @@ from modules import (
     build_text_backbone,
     build_text_encoder,
 )
+from utils.bootstrap import bootstrap_intervals
 from utils.files import atomic_write, read_json, write_json
 from utils.pretrained import load_tokenizer
 from utils.runs import model_folder
@@ -34,11 +35,11 @@ TILE, IMAGE_TILE = 2048, 16_384  # captions and images per similarity matrix in 
 
 
 class CLIP(nn.Module):
-    """Image encoder, text encoder, two projection heads and a temperature; with the tokenizer it was made for.
+    """Image encoder, text encoder, two projection heads and a temperature, together with the matching tokenizer.
 
     Args:
-        tokenizer: in place of the one named in the config.
-        saved: the config.json that `save_model` wrote; then nothing is looked up or downloaded.
+        tokenizer: used instead of the one named in the config.
+        saved: contents of a config.json written by `save_model`; if given, nothing is looked up or downloaded.
 
     Raises InputError for an encoder or a tokenizer that cannot be found.
     """
@@ -74,9 +75,9 @@ class CLIP(nn.Module):
             self.load_pretrained_projections(image_projection, text_projection)
 
     def forward(self, batch):
-        """The unit vectors of a `dataset.Batch`: (B, D) of its images and (T, D) of its captions, float32.
+        """Embed a `dataset.Batch`: float32 unit vectors, (B, D) for its images and (T, D) for its captions.
 
-        Features of frozen encoders in the batch replace the encoders.
+        An encoder whose precomputed features are in the batch is skipped.
         """
         image_features, text_features = batch.image_features, batch.text_features
         if image_features is None:
@@ -109,11 +110,11 @@ class CLIP(nn.Module):
 
     @property
     def max_length(self):
-        """Maximum caption length in tokens: that of the settings, or of the text encoder if it is shorter."""
+        """Maximum caption length in tokens: the setting, or the text encoder's limit if that is lower."""
         return min(self.config.max_length, self.text_encoder.max_tokens)
 
     def train(self, mode=True):
-        """Training mode; frozen encoders stay in evaluation mode."""
+        """Set training mode; frozen encoders stay in evaluation mode."""
         super().train(mode)
         for encoder in ("image", "text"):
             if not self.config.encoder_flag("trainable", encoder):
@@ -131,7 +132,7 @@ class CLIP(nn.Module):
         if image and text and len(image.weight) != len(text.weight):
             raise InputError(
                 f"model_name {self.config.model_name} projects to {len(image.weight)} dimensions, text_encoder_model "
-                f"{self.config.text_encoder_model} to {len(text.weight)}: give the two encoders of one CLIP"
+                f"{self.config.text_encoder_model} to {len(text.weight)}: use the two encoders of one CLIP"
             )
         for name, head, pretrained in (
             (self.config.model_name, self.image_projection, image),
@@ -142,7 +143,7 @@ class CLIP(nn.Module):
             if len(pretrained.weight) != self.config.projection_dim:
                 raise InputError(
                     f"projection_dim is {self.config.projection_dim}, but {name} comes with a projection to "
-                    f"{len(pretrained.weight)} dimensions: give --projection_dim {len(pretrained.weight)}"
+                    f"{len(pretrained.weight)} dimensions: pass --projection_dim {len(pretrained.weight)}"
                 )
             head.layers[-1].weight.copy_(pretrained.weight)
             if head.layers[-1].bias is not None:
@@ -175,7 +176,7 @@ def contrastive_loss(
     device = image_embeddings.device
     if image_index is None:
         if len(image_embeddings) != len(text_embeddings):
-            raise ValueError(f"{len(image_embeddings)} images and {len(text_embeddings)} captions: give image_index")
+            raise ValueError(f"{len(image_embeddings)} images and {len(text_embeddings)} captions: pass image_index")
         image_index = torch.arange(len(text_embeddings), device=device)
     with torch.autocast(device.type, enabled=False):
         dtype = torch.promote_types(image_embeddings.dtype, torch.float32)  # float64 stays float64
@@ -205,26 +206,27 @@ def contrastive_loss(
 
 
 @torch.no_grad()
-def retrieval_metrics(image_embeddings, text_embeddings, image_index):
-    """Recall at 1, 5 and 10 (per cent), median ranks and rsum, by the five-caption protocol.
+def retrieval_metrics(image_embeddings, text_embeddings, image_index, num_draws=0):
+    """Recall at 1, 5 and 10 (percent), median ranks and rsum, under the five-caption protocol, as a dict.
 
     Every caption is a query for its one image; the query of an image is a hit if any of its own captions is in the
-    top K. Candidates with an equal score rank before the right one, so a collapsed model scores nothing.
+    top K. Candidates with an equal score rank before the right one, so a collapsed model scores zero.
 
     Args:
         image_embeddings: (N, D), text_embeddings: (T, D).
         image_index: (T,) the row of each caption's image.
+        num_draws: bootstrap draws for "ci95", the half widths of the recalls' 95% confidence intervals; 0: none.
     """
     image_index = torch.as_tensor(image_index, device=image_embeddings.device)
-    number, device = len(image_embeddings), image_embeddings.device
-    best = torch.full((number,), -math.inf, device=device)  # each image's best own caption
+    num_images, device = len(image_embeddings), image_embeddings.device
+    best = torch.full((num_images,), -math.inf, device=device)  # each image's best own caption
     own = torch.empty(len(text_embeddings), device=device)  # each caption's score with its image
 
     def tiles():
-        """Parts of the (T, N) matrix: captions, images, their scores, and the positions of the positives."""
+        """Yield tiles of the (T, N) matrix: caption slice, image slice, scores, and positions of the positives."""
         for start in range(0, len(text_embeddings), TILE):
             texts = slice(start, start + TILE)
-            for first in range(0, number, IMAGE_TILE):
+            for first in range(0, num_images, IMAGE_TILE):
                 images = slice(first, first + IMAGE_TILE)
                 scores = text_embeddings[texts] @ image_embeddings[images].T
                 columns = image_index[texts] - first
@@ -236,28 +238,40 @@ def retrieval_metrics(image_embeddings, text_embeddings, image_index):
         own[texts][rows] = found
         best[images].scatter_reduce_(0, columns, found, "amax")
     images_after = torch.zeros(len(text_embeddings), dtype=torch.int64, device=device)
-    captions_before = torch.zeros(number, dtype=torch.int64, device=device)
+    captions_before = torch.zeros(num_images, dtype=torch.int64, device=device)
     for texts, images, scores, positives in tiles():
         images_after[texts] += (scores < own[texts][:, None]).sum(1)
         before = ~(scores < best[images])
         before[positives] = False
         captions_before[images] += before.sum(0)
-    metrics = {}
-    for name, ranks in (("image_to_text", captions_before + 1), ("text_to_image", number - images_after)):
+    metrics, hits, rows = {}, {}, torch.arange(num_images)
+    for name, ranks, owners in (
+        ("image_to_text", captions_before + 1, rows),
+        ("text_to_image", num_images - images_after, image_index.cpu()),
+    ):
+        ranks = ranks.cpu().numpy()
         for k in (1, 5, 10):
+            hits[f"{name}_R@{k}"] = owners.numpy(), ranks <= k
             metrics[f"{name}_R@{k}"] = 100 * int((ranks <= k).sum()) / len(ranks)
-        metrics[f"{name}_median_rank"] = float(np.median(ranks.cpu().numpy()))
+        metrics[f"{name}_median_rank"] = float(np.median(ranks))
     metrics["rsum"] = sum(value for name, value in metrics.items() if "R@" in name)
+    if num_draws:
+        metrics["ci95"] = bootstrap_intervals(hits, num_images, num_draws)
     return metrics
 
 
 def format_metrics(metrics):
-    """The retrieval metrics as a small table."""
-    lines = [f"{'':<15}{'R@1':>7}{'R@5':>7}{'R@10':>7}{'median rank':>13}"]
-    for name in ("image_to_text", "text_to_image"):
-        values = "".join(f"{metrics[f'{name}_R@{k}']:7.1f}" for k in (1, 5, 10))
-        lines.append(f"{name.replace('_', ' '):<15}{values}{metrics[f'{name}_median_rank']:13.0f}")
-    return "\n".join([*lines, f"rsum {metrics['rsum']:.1f}"])
+    """The retrieval metrics as a small table, with the half widths of their 95% confidence intervals if known."""
+    ci95 = metrics.get("ci95", {})
+
+    def value(name):
+        return f"{metrics[name]:.1f}" + (f" ± {ci95[name]:.1f}" if name in ci95 else "")
+
+    lines = [f"{'':<15}{'R@1':>12}{'R@5':>12}{'R@10':>12}{'median rank':>13}"]
+    for way in ("image_to_text", "text_to_image"):
+        values = "".join(f"{value(f'{way}_R@{k}'):>12}" for k in (1, 5, 10))
+        lines.append(f"{way.replace('_', ' '):<15}{values}{metrics[f'{way}_median_rank']:13.0f}")
+    return "\n".join([*lines, f"rsum {value('rsum')}"])
 
 
 # ---- saving and loading -----------------------------------------------------------------------------------------
@@ -281,11 +295,11 @@ def save_model(model, folder):
 
 
 def read_saved_model(folder):
-    """The folder with the saved model of a run (its best/, or itself) and its config.json; raises InputError."""
+    """The folder of a run's saved model (best/, or the folder itself) and its config.json; raises InputError."""
     folder = model_folder(folder)
     for name in ("config.json", "model.safetensors", "tokenizer"):
         if not (folder / name).exists():
-            raise InputError(f"{folder} is not a trained run: it contains no {name}")
+            raise InputError(f"{folder} is not a trained run: {name} is missing")
     content = read_json(folder / "config.json")
     content["settings"] = rename_settings(content.get("settings") or {})
     for part, names in (
@@ -302,7 +316,7 @@ def read_saved_model(folder):
 def load_model(folder, device="cpu"):
     """The CLIP saved in `folder` (a run, or its best/), in evaluation mode; raises InputError.
 
-    Reads JSON, a tokenizer file and safetensors only: nothing that could run code.
+    Reads only JSON, a tokenizer file and safetensors, none of which can execute code.
     """
     folder, content = read_saved_model(folder)
     try:
@@ -317,7 +331,9 @@ def load_model(folder, device="cpu"):
     own = model.state_dict()
     for name in [*own, *state]:
         if name not in state or name not in own or own[name].shape != state[name].shape:
-            problem = "lacks the" if name not in state else "has an unknown" if name not in own else "has a misshapen"
+            problem = (
+                "lacks the" if name not in state else "has an unknown" if name not in own else "has a wrongly shaped"
+            )
             raise InputError(f"{folder / 'model.safetensors'} {problem} tensor {name}")
     model.load_state_dict(state)
     return model.to(device).eval()

@@ -1,7 +1,7 @@
-"""All settings. Edit a default here, choose a preset (`--preset demo`), or give a flag (`--batch_size 64`).
+"""All settings. Edit a default here, choose a preset (`--preset demo`), or pass a flag (`--batch_size 64`).
 
 A flag overrides a preset, and a preset overrides this file. A run saves its resolved settings, so a model is always
-rebuilt from its run and never from today's defaults. This module imports no torch: `--help` is instant.
+rebuilt from its run and never from today's defaults. It imports no torch: `--help` is instant.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ INF = math.inf
 
 
 class InputError(ValueError):
-    """Unusable input from the user. The message is one line: what, its value, and what to do."""
+    """Invalid user input. The message is one line: the setting, its value, and how to fix it."""
 
 
 class DivergenceError(ArithmeticError):
@@ -60,18 +60,18 @@ class Config:
     text_pooling: str = setting("mean", "sentence feature: mean over the tokens, or the first token",
                                 choices=("mean", "cls"))
     pretrained: bool = setting(True, "initialise both encoders from pretrained weights")
-    pretrained_image_encoder: bool | None = setting(None, "the same for the image encoder; none: as pretrained")
-    pretrained_text_encoder: bool | None = setting(None, "the same for the text encoder; none: as pretrained")
+    pretrained_image_encoder: bool | None = setting(None, "pretrained, for the image encoder only; none: as pretrained")
+    pretrained_text_encoder: bool | None = setting(None, "pretrained, for the text encoder only; none: as pretrained")
     trainable: bool = setting(True, "train both encoders; false: train only the heads, on precomputed features")
-    trainable_image_encoder: bool | None = setting(None, "the same for the image encoder; none: as trainable")
-    trainable_text_encoder: bool | None = setting(None, "the same for the text encoder; none: as trainable")
+    trainable_image_encoder: bool | None = setting(None, "trainable, for the image encoder only; none: as trainable")
+    trainable_text_encoder: bool | None = setting(None, "trainable, for the text encoder only; none: as trainable")
     num_projection_layers: int = setting(1, "layers of each projection head; 1: linear, as in the paper", 1, 8)
     projection_dim: int = setting(256, "width of the shared embedding space", 2, 8192)
     dropout: float = setting(0.1, "dropout in the projection heads", 0, 0.9)
 
     # ---- optimisation -----------------------------------------------------------------------------------------
     epochs: int = setting(1, "number of epochs; each shows every (image, caption) pair once", 1, 100_000)
-    batch_size: int = setting(32, "images per step, over all processes", 2, 2**24)
+    batch_size: int = setting(32, "images per step, summed over all processes", 2, 2**24)
     micro_batch_size: int = setting(0, "images encoded at once (gradient caching); 0: the whole batch", 0, 2**24)
     image_encoder_lr: float = setting(1e-4, "learning rate of the image encoder", 0, 1)
     text_encoder_lr: float = setting(1e-5, "learning rate of the text encoder", 0, 1)
@@ -90,17 +90,17 @@ class Config:
     gan: str = setting("none", "pairs: add image-caption pairs of a frozen GAN; joint: train the GAN along with CLIP",
                        choices=("none", "pairs", "joint"))
     gan_run: str = setting("", "run with the GAN (python gan.py --run ...); empty: train a CLIP and a GAN first")
-    gan_generator: str = setting("affine", "generator architecture: like DF-GAN, or like StyleGAN2",
+    gan_generator: str = setting("affine", "generator architecture: similar to DF-GAN or to StyleGAN2",
                                  choices=("affine", "style"))
     gan_subset: str = setting("", "train the GAN on images whose captions contain one of these comma-separated words; "
                               "empty: all")
     gan_size: int = setting(64, "resolution of generated images, pixels", choices=(32, 64, 128))
-    gan_width: int = setting(64, "channels at full resolution; up to 4 times as many at lower ones", 4, 512)
+    gan_width: int = setting(64, "channels at full resolution; up to 4 times as many at lower resolutions", 4, 512)
     gan_epochs: int = setting(300, "number of epochs of the GAN; each shows every image once", 1, 100_000)
-    gan_batch_size: int = setting(64, "images per step of the GAN", 2, 65_536)
-    gan_lr: float = setting(2e-4, "learning rate of the generator; that of the discriminator is twice as high", 0, 1)
+    gan_batch_size: int = setting(64, "images per GAN training step", 2, 65_536)
+    gan_lr: float = setting(2e-4, "learning rate of the generator; the discriminator's is twice as high", 0, 1)
     gan_ratio: float = setting(0.25, "generated images per real image in a batch; 0: none", 0, 4)
-    gan_weight: float = setting(0.5, "loss weight of a generated image; a real one has 1", 0, 10)
+    gan_weight: float = setting(0.5, "loss weight of a generated image; real images: 1", 0, 10)
     gan_start: float = setting(0.3, "fraction of training after which generated images are added", 0, 1)
     gan_end: float = setting(0.8, "fraction of training after which they are no longer added", 0, 1)
     gan_filter_top_k: int = setting(10, "CLIP filter: drop a generated image if its caption ranks below this "
@@ -136,7 +136,13 @@ PRESETS = {
         "scheduler": "cosine", "warmup_steps": 50, "gan_size": 32, "gan_width": 16, "gan_epochs": 24,
         "gan_batch_size": 16, "gan_lr": 1e-3,
     },
-    # Flickr8k from scratch in ten minutes on two CPU cores; chosen on the validation images. CBOW is as good as a
+    # Projection heads on frozen pretrained encoders: minutes on a CPU; tuned on Flickr8k's validation images with
+    # EfficientNet-Lite0 and all-MiniLM-L6-v2.
+    "frozen": {
+        "trainable": False, "captions_per_image": 5, "epochs": 40, "batch_size": 256, "head_lr": 2e-3, "dropout": 0.5,
+        "scheduler": "cosine", "warmup_steps": 50,
+    },
+    # Flickr8k from scratch in ten minutes on two CPU cores; tuned on the validation images. CBOW is as good as a
     # Transformer there and costs almost nothing, so five captions per image cost little more than one.
     "scratch": {
         "model_name": "resnet10t", "text_encoder_model": "cbow", "text_tokenizer": "wordpiece", "text_width": 256,
@@ -155,7 +161,7 @@ PRESETS = {
 }
 # fmt: on
 
-# Names and values of earlier versions, which saved runs may still have.
+# Names and values from earlier versions that may still occur in saved runs.
 RENAMED = {"gan_gate": "gan_filter_top_k", "gan_match": "gan_clip_weight"}
 RENAMED_VALUES = {("text_tokenizer", "captions"): "wordpiece"}
 
@@ -164,18 +170,18 @@ RENAMED_VALUES = {("text_tokenizer", "captions"): "wordpiece"}
 
 
 def check_config(config):
-    """Raise InputError for the first setting with a wrong type, out of range, or in conflict with another."""
+    """Raise InputError for the first setting that has the wrong type, is out of range, or conflicts with another."""
     for field in dataclasses.fields(config):
         check_value(field, getattr(config, field.name))
     c = config
     if c.micro_batch_size > c.batch_size:
         raise InputError(
             f"micro_batch_size is {c.micro_batch_size}, more than batch_size ({c.batch_size}): "
-            "give at most batch_size, or 0 for the whole batch"
+            "use at most batch_size, or 0 for the whole batch"
         )
     if c.warmup_steps and c.scheduler == "plateau":
         raise InputError(
-            f"warmup_steps is {c.warmup_steps}, but the plateau scheduler has no warm-up: give --scheduler cosine"
+            f"warmup_steps is {c.warmup_steps}, but the plateau scheduler has no warm-up: pass --scheduler cosine"
         )
     if c.text_width % 64:
         raise InputError(f"text_width is {c.text_width}: it must be a multiple of 64")
@@ -183,7 +189,7 @@ def check_config(config):
         if not c.encoder_flag("trainable", encoder) and not c.encoder_flag("pretrained", encoder):
             raise InputError(
                 f"the {encoder} encoder is neither pretrained nor trainable, so it would stay random: "
-                f"give --pretrained_{encoder}_encoder or --trainable_{encoder}_encoder"
+                f"pass --pretrained_{encoder}_encoder or --trainable_{encoder}_encoder"
             )
     if c.encoder_flag("pretrained", "text"):
         for name, conflict in (
@@ -195,7 +201,7 @@ def check_config(config):
             if conflict:
                 raise InputError(
                     f"{name} is {getattr(c, name)!r}, which needs a text encoder trained from scratch: "
-                    "give --no-pretrained_text_encoder, or another value"
+                    "pass --no-pretrained_text_encoder, or use another value"
                 )
     if c.gan != "none" and c.gan_start >= c.gan_end:
         raise InputError(f"gan_start is {c.gan_start}, gan_end {c.gan_end}: the start must come before the end")
@@ -228,11 +234,11 @@ def legal_values(field):
     return text
 
 
-# ---- from names and values to a config ---------------------------------------------------------------------------
+# ---- building a config -------------------------------------------------------------------------------------------
 
 
 def parse_config(argv=None):
-    """The resolved `Config` of a command line (default: that of this process); raises InputError."""
+    """The resolved `Config` of a command line (default: sys.argv); raises InputError."""
     from utils.flags import parse_flags
 
     return build_config(parse_flags(argv)[0])
@@ -245,7 +251,7 @@ def rename_settings(values):
 
 
 def build_config(values):
-    """A `Config` from a dict of settings; raises InputError for an unknown one. Earlier names are translated."""
+    """A `Config` from a dict of settings; raises InputError for an unknown one. Old names are translated."""
     values = rename_settings(values)
     names = [field.name for field in dataclasses.fields(Config)]
     for name in values:

@@ -1,4 +1,4 @@
-"""From a captions file and an image folder to batches: captions, splits, transforms, data set, sampler, loader.
+"""Turns a captions file and an image folder into batches: captions, splits, transforms, data set, sampler, loader.
 
 Images are loaded as uint8 and normalised on the device. Captions are tokenised once and padded to the batch.
 """
@@ -25,6 +25,7 @@ from utils.files import read_lines
 from utils.image_cache import EvaluationImages, ImageStore, open_images, prepare_worker, resize_image, to_tensor
 
 SPLIT_FILES = {"train": "*trainImages.txt", "validation": "*devImages.txt", "test": "*testImages.txt"}
+# Captions that match mention left or right, so their images must not be flipped.
 SIDED = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 
 
@@ -33,7 +34,7 @@ SIDED = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 
 @dataclass
 class Pairs:
-    """The (image, caption) pairs of one split: N images, T captions, those of an image side by side."""
+    """The (image, caption) pairs of one split: N images, T captions; the captions of an image are contiguous."""
 
     names: list[str]  # (N,) image names, as in the captions file
     files: list[Path]  # (N,)
@@ -45,12 +46,12 @@ class Pairs:
     text_features: torch.Tensor | None = None  # (T, F) of a frozen text encoder
 
     def captions_of(self, image):
-        """The numbers of an image's captions, a range."""
+        """The indices of an image's captions, as a range."""
         return range(*self.caption_offsets[image : image + 2].tolist())
 
 
 def make_pairs(captions_by_name, folder, names=None):
-    """The `Pairs` of the images named (default: all), in that order; captions_by_name: {name: captions}."""
+    """Build the `Pairs` of the named images (default: all), in that order, from {name: captions}."""
     names = list(captions_by_name) if names is None else names
     counts = np.array([len(captions_by_name[name]) for name in names], dtype=np.int64)
     return Pairs(
@@ -63,7 +64,7 @@ def make_pairs(captions_by_name, folder, names=None):
 
 
 def captions_by_image(frame):
-    """{image: its captions} of a DataFrame from `read_captions`, in its order."""
+    """Group a DataFrame from `read_captions` into {image: captions}, keeping its order."""
     found = {}
     for image, caption in zip(frame["image"].tolist(), frame["caption"].tolist(), strict=True):
         found.setdefault(image, []).append(caption)
@@ -71,13 +72,13 @@ def captions_by_image(frame):
 
 
 def subset_pairs(pairs, images):
-    """The `Pairs` of the images with these numbers."""
+    """The `Pairs` of the images with these indices."""
     captions = {pairs.names[i]: [pairs.captions[j] for j in pairs.captions_of(i)] for i in images}
     return dataclasses.replace(make_pairs(captions, ""), files=[pairs.files[i] for i in images])
 
 
 def mentions(caption, words):
-    """True if the caption contains one of the comma-separated words, or if there are none."""
+    """True if the caption contains one of the comma-separated words, or if `words` is empty."""
     wanted = {word.strip().lower() for word in words.split(",")} - {""}
     return not wanted or not wanted.isdisjoint(re.findall(r"\w+", caption.lower()))
 
@@ -95,8 +96,8 @@ def split_images(images, folder, seed):
     """Image names by split: {"train": [...], "validation": [...], "test": [...]}; raises InputError.
 
     Official split files in `folder` (SPLIT_FILES) are used where they exist; without any, a seeded 80/10/10 split.
-    Without a training list, images in no list are training images. Without a validation list, a tenth of the
-    training images is for validation. Without a test list, the test split is empty.
+    Without a training list, all unlisted images are training images. Without a validation list, a tenth of the
+    training images is used for validation. Without a test list, the test split is empty.
     """
     listed = read_split_files(images, folder)
     order = np.random.default_rng(seed).permutation(sorted(images)).tolist()
@@ -127,7 +128,7 @@ def read_split_files(images, folder):
         unknown = [name for name in names if name not in known]
         if unknown:
             more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
-            raise InputError(f"{path} names {unknown[0]}{more}, without a caption in the captions file")
+            raise InputError(f"{path} lists {unknown[0]}{more}, not found in the captions file")
         for name in names:
             if name in seen:
                 raise InputError(f"{name} is in two split files, {seen[name]} and {path.name}")
@@ -147,13 +148,13 @@ def load_splits(config):
     check_files([folder / name for split in splits.values() for name in split])
     if len(splits["train"]) < 2 or not splits["validation"]:
         raise InputError(
-            f"{captions_file} gives {len(splits['train'])} training and {len(splits['validation'])} validation "
+            f"{captions_file} yields {len(splits['train'])} training and {len(splits['validation'])} validation "
             "images: training needs at least 2, validation 1"
         )
     if config.batch_size > len(splits["train"]):
         raise InputError(
             f"batch_size is {config.batch_size}, but there are {len(splits['train'])} training images: "
-            f"give --batch_size {len(splits['train'])} or less"
+            f"pass --batch_size {len(splits['train'])} or less"
         )
     return {split: make_pairs(captions_by_name, folder, names) for split, names in splits.items()}
 
@@ -168,7 +169,7 @@ def describe_splits(config, splits):
 
 
 def check_files(files, where="image_path"):
-    """Raise InputError if an image is missing, with its name and the number of the others."""
+    """Raise InputError if any image is missing; the message names the first and counts the others."""
     missing = [file for file in files if not os.path.isfile(file)]  # False, not an error, for an invalid name
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
@@ -225,7 +226,7 @@ class TokenStore:
 def pad_tokens(token_arrays, pad_id):
     """input_ids and attention_mask, (T, L) int64, padded on the right to the longest of the T captions.
 
-    The same as the tokenizer's own `pad`, in a fifth of the time.
+    Same result as the tokenizer's own `pad`, but five times as fast.
     """
     arrays = [torch.from_numpy(ids) for ids in token_arrays]
     input_ids = pad_sequence(arrays, batch_first=True, padding_value=pad_id).long()
@@ -261,7 +262,7 @@ class Batch:
 
 
 def pair_targets(batches):
-    """What the loss needs to know about concatenated batches: image_index, image_ids and weights, a dict."""
+    """The targets of concatenated batches for the loss: a dict of image_index, image_ids and weights."""
     if len(batches) == 1:
         return {"image_index": batches[0].image_index, "image_ids": batches[0].image_ids, "weights": batches[0].weights}
     image_index, weights, rows = [], [], 0
@@ -283,9 +284,9 @@ def derive_seed(*numbers):
 class PairSampler:
     """Yields micro-batches of (epoch, image, captions) keys; each of W processes gets every W-th image of a batch.
 
-    An epoch shows every caption once, in groups of up to `captions_per_image` with their image: one round over all
-    images after another, each in a new random order. The groups of an image with more captions than others are spread
-    over the epoch. A batch that holds an image twice does no harm: the loss masks by image id. The order depends on
+    An epoch shows every caption once, in groups of up to `captions_per_image` with their image: successive rounds over
+    all images, each in a new random order. The groups of an image with more captions than others are spread
+    over the epoch. Duplicate images in a batch are harmless: the loss masks by image id. The order depends on
     the seed and the epoch alone, so an epoch can be resumed at any batch (`start`).
     """
 
@@ -308,7 +309,7 @@ class PairSampler:
         return np.concatenate(images)[np.argsort(np.concatenate(positions), kind="stable")]
 
     def batches(self):
-        """Yield each batch of this process from `start` on, a list of micro-batches, which are lists of keys."""
+        """Yield this process's batches from `start` on, each a list of micro-batches (lists of keys)."""
         k, rng = self.config.captions_per_image, np.random.default_rng([self.config.seed, self.epoch])
         offsets = self.pairs.caption_offsets
         captions = [rng.permuted(np.arange(a, b)) for a, b in zip(offsets, offsets[1:], strict=False)]
@@ -337,15 +338,15 @@ class PairSampler:
 
 
 def split_evenly(sequence, parts):
-    """Consecutive parts whose lengths differ by one at most, a list."""
+    """Split a sequence into consecutive parts whose lengths differ by at most one."""
     ends = [part * len(sequence) // parts for part in range(parts + 1)]
     return [sequence[a:b] for a, b in zip(ends, ends[1:], strict=False)]
 
 
 class TrainingPairs(Dataset):
-    """Training items by (epoch, image, captions); the crop depends on the seed and the key alone.
+    """Training items keyed by (epoch, image, captions); the crop depends only on the seed and the key.
 
-    `image_features` (N, F) or `text_features` (T, F), if given, replace the input of a frozen encoder.
+    `image_features` (N, F) or `text_features` (T, F), if given, are used in place of the input of a frozen encoder.
     """
 
     def __init__(self, pairs, store, tokens, pad_id, config, image_features=None, text_features=None):
@@ -378,7 +379,7 @@ class TrainingPairs(Dataset):
 
 
 def make_loader(dataset, num_workers, pin_memory=False, **options):
-    """A DataLoader that leaves the global random state alone and keeps its processes between epochs."""
+    """A DataLoader that does not touch the global random state and keeps its workers between epochs."""
     return DataLoader(
         dataset,
         num_workers=num_workers,

@@ -1,8 +1,8 @@
 """Text-conditional GAN: generates images from the caption embeddings of a trained CLIP.
 
-`python gan.py --run runs/x` trains the GAN of a run, `python main.py --gan pairs --gan_run runs/x` a CLIP on real and
-generated images. Generator and discriminator are conditioned on the unit vector that the run's CLIP gives a caption.
-The discriminator also sees real images with mismatched captions (Reed et al. 2016, arXiv:1605.05396): without them it
+`python gan.py --run runs/x` trains the GAN of a run; `python main.py --gan pairs --gan_run runs/x` trains a CLIP on
+real and generated images. Generator and discriminator are conditioned on the caption embeddings of the run's CLIP. The
+discriminator also sees real images with mismatched captions (Reed et al. 2016, arXiv:1605.05396): without them it
 could ignore the captions, and so could the generator.
 
 Shapes: B images, K hard negatives, Z width of the noise, D width of CLIP's shared space, C channels, S resolution.
@@ -25,7 +25,7 @@ from utils.gan_settings import SETTINGS, check_split, conditioning_run, gan_sett
 from utils.runs import gan_run_folder, stage_1_folder
 
 if __name__ == "__main__":
-    exit_on_input_error(parse_gan_config)()  # before the heavy imports: --help and bad flags are answered at once
+    exit_on_input_error(parse_gan_config)()  # before the heavy imports, so that --help and flag errors return at once
 
 import torch
 import torch.nn.functional as F
@@ -128,9 +128,9 @@ def gradient_penalty(discriminator, images, embeddings):
 
 
 def clip_guidance(clip, texts, weight, amp_dtype, fake, gradient):
-    """Gradient of 1 - cosine(clip(fake), texts) at `fake` (B, 3, S, S), of `weight` times the norm of `gradient`.
+    """Gradient of 1 - cosine(clip(fake), texts) at `fake` (B, 3, S, S), with `weight` times the norm of `gradient`.
 
-    `gradient` is the discriminator's. CLIP sees augmented images, which suppresses patterns that only CLIP can see.
+    `gradient` comes from the discriminator. CLIP encodes augmented images, which suppresses adversarial patterns.
     """
     fake = fake.detach().requires_grad_()
     with autocast(fake.device, amp_dtype):
@@ -141,7 +141,7 @@ def clip_guidance(clip, texts, weight, amp_dtype, fake, gradient):
 
 
 class GAN:
-    """Generator, discriminator, their Adam optimizers, and the EMA of the generator, which is the one to use.
+    """Generator, discriminator, their Adam optimizers, and the EMA of the generator, which is used for sampling.
 
     Both updates of a step use the same generated images.
     """
@@ -185,7 +185,7 @@ class GAN:
         mismatched_logits = self.discriminator.score(real_features[:, None], mismatched)
         total = loss = discriminator_loss(real_logits, fake_logits, mismatched_logits)
         if self.step % R1_INTERVAL == 0:
-            weight = 0.01 * (real.shape[-1] / 32) ** 3  # gamma / 2: the gradient has more parts in large images
+            weight = 0.01 * (real.shape[-1] / 32) ** 3  # gamma / 2: the gradient of larger images has more components
             total = loss + R1_INTERVAL * weight * gradient_penalty(self.discriminator, real, embeddings)
         self.discriminator_optimizer.zero_grad(set_to_none=True)
         total.backward()
@@ -197,7 +197,7 @@ class GAN:
         }
 
     def generator_step(self, fake, embeddings, guidance=None):
-        """The gradient is computed at the images first, so the discriminator's parameters accumulate none."""
+        """Gradients are computed up to the images first, so the discriminator's parameters accumulate none."""
         with autocast(self.device, self.amp_dtype):
             features = self.discriminator.features(gan_data.augment(fake))
         loss = generator_loss(self.discriminator.score(features, embeddings))
@@ -227,7 +227,7 @@ class GAN:
 
 
 def load_gan_splits(config, seed):
-    """The `Pairs` to train and validate the GAN on, with captions of `gan_subset`; raises InputError."""
+    """The `Pairs` to train and validate the GAN on, restricted to `gan_subset`; raises InputError."""
     splits = load_splits(dataclasses.replace(config, seed=seed))
     train, validation = filter_pairs(splits["train"], config.gan_subset), splits["validation"]
     with contextlib.suppress(InputError):  # too few images: all are used
@@ -241,8 +241,8 @@ def load_gan_splits(config, seed):
 def train_gan(config):
     """Train the GAN of the run `config.run` up to `config.gan_epochs`; returns its folder, <run>/gan.
 
-    An epoch shows each image once and ends with a checkpoint. Its random numbers depend on the seed and the epoch
-    alone, so that a resumed training gives the same result. Ctrl-C and SIGTERM raise KeyboardInterrupt.
+    An epoch shows each image once and ends with a checkpoint. Random numbers depend on the seed and the epoch
+    alone, so resuming gives the same result. Ctrl-C and SIGTERM raise KeyboardInterrupt.
     """
     folder = Path(config.run) / "gan"
     device, amp_dtype = setup_device(config.device, config.precision)
@@ -254,7 +254,7 @@ def train_gan(config):
     architecture["dim"] = train.embeddings.shape[1]
     gan = GAN(architecture, train.embeddings, config.gan_lr, device, amp_dtype)
     history, settings = gan_data.load_checkpoint(gan, folder), {name: getattr(config, name) for name in SETTINGS}
-    write_json(folder / "config.json", {"settings": settings})  # to resume before the end of the first epoch
+    write_json(folder / "config.json", {"settings": settings})  # makes the first epoch resumable
     if history:
         gan_data.save_generator(gan.ema, folder, settings=settings)  # in case it was deleted
     sample, steps = partial(generate, gan.ema), len(train.images) // config.gan_batch_size
@@ -282,7 +282,7 @@ def train_epoch(gan, clip, data, config, steps, bar):
             guidance = partial(clip_guidance, clip, embeddings, config.gan_clip_weight, gan.amp_dtype)
         stats = gan.train_step(batch.real, embeddings, data.embed(batch.hard_negatives), guidance)
         sums = {name: sums.get(name, 0) + value for name, value in stats.items()}
-        if bar.update():  # redrawn about twice a second; only then does the host wait for the device
+        if bar.update():  # redrawn about twice a second; the host waits for the device only then
             gan_data.check_finite(stats, gan.step)
             bar.set_postfix_str(", ".join(f"{name} {value:.2f}" for name, value in stats.items()), refresh=False)
     gan_data.check_finite(sums, gan.step)
@@ -300,18 +300,18 @@ def generate(generator, embeddings, seed, size=None):
 
 
 def load_generator(folder, device="cpu"):
-    """The frozen generator in `folder`, <run>/gan; raises InputError."""
+    """Load the generator in `folder` (<run>/gan), frozen; raises InputError."""
     generator = gan_data.read_generator(Path(folder), build_generator)
     return generator.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
 
 
-# ---- generated pairs in the training of CLIP --------------------------------------------------------------------
+# ---- generated pairs for training CLIP --------------------------------------------------------------------------
 
 
 class GANAugmentation:
-    """Image-caption pairs from a frozen generator that are added to the batches of a CLIP in training.
+    """Image-caption pairs from a frozen generator, added to CLIP's training batches.
 
-    A generated image has the id of the training image that has its caption, or a negative id for other captions: in
+    A generated image has the id of the training image with the same caption, or a negative id if there is none: in
     the loss, images and captions with the same id are not negatives. The CLIP of the GAN's run filters the images.
     """
 
@@ -333,14 +333,14 @@ class GANAugmentation:
         self.counts = torch.zeros(2, dtype=torch.int64, device=device)  # images generated and kept, this epoch
 
     def is_active(self, progress):
-        """Whether pairs are added at this fraction of the training."""
+        """Whether pairs are added at this fraction of training."""
         return self.config.gan_start <= progress < self.config.gan_end
 
     @torch.no_grad()
     def sample(self, num_images, step, progress, rank=0):
-        """`Batch`es of generated pairs for a step with `num_images` real images, a list; empty when inactive.
+        """A list of `Batch`es of generated pairs for a step with `num_images` real images; empty when inactive.
 
-        They depend on the seed, the step and the rank alone. progress: fraction of the training, in [0, 1).
+        They depend only on the seed, the step and the rank. progress: fraction of training completed, in [0, 1).
         """
         config = self.config
         random = torch.Generator().manual_seed(derive_seed(config.seed, step, rank, 1))
@@ -348,12 +348,12 @@ class GANAugmentation:
         if not self.is_active(progress) or len(chosen) < 2:
             return []
         num_parts = math.ceil(len(chosen) / (config.micro_batch_size or config.batch_size))
-        parts = chosen.tensor_split(min(num_parts, len(chosen) // 2))  # a part of one image would be dropped
+        parts = chosen.tensor_split(min(num_parts, len(chosen) // 2))  # a single-image part would be dropped
         batches = [self.generate_batch(part.to(self.device), random) for part in parts]
         return [batch for batch in batches if batch is not None]
 
     def generate_batch(self, chosen, random):
-        """A `Batch` for caption numbers (B,), without images that fail the filter; None below two, for BatchNorm."""
+        """A `Batch` for caption indices (B,), of images that pass the filter; None if fewer than two (BatchNorm)."""
         images = self.generate_images(chosen, random)
         kept = self.clip_filter(images, chosen)
         self.counts[0] += len(chosen)
@@ -367,15 +367,15 @@ class GANAugmentation:
         return batch.to(self.device)
 
     def generate_images(self, chosen, random):
-        """(B, 3, size, size) images in [0, 1] for caption numbers (B,)."""
+        """(B, 3, size, size) images in [0, 1] for caption indices (B,)."""
         with autocast(self.device, self.amp_dtype):
             return generate(self.generator, self.embeddings[chosen], random, self.config.size)
 
     def train_step(self, model, image_ids, step, progress):
-        """Called after each step of CLIP with the ids of its real images; a frozen GAN does nothing."""
+        """Called after each step of CLIP with the ids of its real images; a no-op for a frozen GAN."""
 
     def end_epoch(self, folder):
-        """Statistics of the epoch; `folder` is the run's."""
+        """Statistics of the epoch; `folder` is the run folder."""
         all_reduce_sum([self.counts])
         generated, kept = self.counts.tolist()
         self.counts.zero_()
@@ -386,7 +386,7 @@ class GANAugmentation:
 
     def load_state_dict(self, state):
         if state["captions"] != self.tokens_hash:
-            raise InputError("gan_captions contains other captions than the run was started with")
+            raise InputError("gan_captions differs from the captions that the run was started with")
         self.counts.copy_(state["counts"])
 
 
@@ -408,7 +408,7 @@ def main(argv=None):
         print(f"\nstopped; to continue: python gan.py --resume --run {config.run}", flush=True)
         raise SystemExit(130) from None
     print(f"generator.safetensors and samples.png are in {folder}")
-    print(f"to train with its images: python main.py --gan pairs --gan_run {config.run} ...", flush=True)
+    print(f"to train CLIP with its images: python main.py --gan pairs --gan_run {config.run} ...", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Search with a trained run: `python inference.py "two dogs on the grass"`; `--help` lists the options.
 
-Embeddings are computed once and kept in an index beside the run. From Python:
+Embeddings are computed once and cached in the run's index/ folder. From Python:
 `inference.Searcher("runs/demo").search("a red ring on grass", n=3)`.
 """
 
@@ -32,8 +32,8 @@ def parse_arguments(argv=None):
     add_one_of = parser.add_mutually_exclusive_group().add_argument
     add_one_of("--image", metavar="FILE", help="find the best captions for an image, and similar images")
     add_one_of("--evaluate", action="store_true", help="compute retrieval metrics on all images of a captions file")
-    add_one_of("--zero_shot", metavar="PATH", help="accuracy on a folder per label, or a CSV with image and label")
-    add("--labels", metavar="A,B,...", help="with --image: classify it; with --zero_shot: all candidates")
+    add_one_of("--zero_shot", metavar="PATH", help="accuracy on a folder of labelled subfolders, or an image,label CSV")
+    add("--labels", metavar="A,B,...", help="with --image: classify it; with --zero_shot: the candidate labels")
     add("--template", action="append", help='prompt for a label, e.g. "a photo of a {}"; repeatable (default: four)')
     add("--image_path", metavar="FOLDER", help="image folder for --evaluate, or for the CSV of --zero_shot")
     add("--captions_path", metavar="FILE", help="captions for --evaluate or --image (default: the run's)")
@@ -44,7 +44,7 @@ def parse_arguments(argv=None):
     a = parser.parse_args(argv)
     other_mode = "--evaluate" if a.evaluate else "--zero_shot" if a.zero_shot else ""
     no_mode = not (other_mode or a.image)
-    if a.run and no_mode and not a.query:  # --run runs/x "a dog": argparse takes the sentence for another run
+    if a.run and no_mode and not a.query:  # --run runs/x "a dog": argparse reads the sentence as another run
         folders = [word for word in a.run[1:] if os.path.isdir(word) or "/" in word or "\\" in word]
         a.query = [word for word in a.run[1:] if word not in folders]
         a.run = [a.run[0], *folders]
@@ -54,15 +54,15 @@ def parse_arguments(argv=None):
     image = next((name for name in a.query if is_image_name(name) and os.path.isfile(name)), None)
     bad_output = output.suffix.lower() not in PLOT_SUFFIXES or not output.parent.is_dir() or output.is_dir()
     for refused, message in (
-        (bad_output, f"output is {a.output}: give a {suffixes} file in an existing folder"),
-        (a.n is not None and a.n < 1, f"n is {a.n}: give 1 or more"),
-        (a.images == "", "images is empty: give a folder of images, or drop --images"),
+        (bad_output, f"output is {a.output}: use a {suffixes} file in an existing folder"),
+        (a.n is not None and a.n < 1, f"n is {a.n}: use 1 or more"),
+        (a.images == "", "images is empty: use a folder of images, or drop --images"),
         (a.query and other_mode, f"{other_mode} cannot be combined with a sentence"),
-        (a.query and a.image, "give a sentence or --image; to combine them: a sentence and --plus IMAGE"),
+        (a.query and a.image, "pass a sentence or --image; to combine them: a sentence and --plus IMAGE"),
         (a.evaluate and not (a.image_path and a.captions_path), "--evaluate needs --image_path and --captions_path"),
         (no_mode and a.labels is not None, "--labels needs --image or --zero_shot"),
         (no_mode and no_query, f'the query is empty{taken}: python inference.py "two dogs on the grass"'),
-        (image, f"the query is {image}, an image: give --image {image}"),
+        (image, f"the query is {image}, an image: pass --image {image}"),
     ):
         if refused:
             raise InputError(message)
@@ -74,7 +74,7 @@ def is_image_name(name):
 
 
 if __name__ == "__main__":
-    exit_on_input_error(parse_arguments)()  # before the heavy imports: --help and bad flags are answered at once
+    exit_on_input_error(parse_arguments)()  # before the heavy imports, so that --help and flag errors return at once
 
 import torch
 
@@ -108,7 +108,7 @@ def find_matches(model, image_embeddings, query, image_filenames, n=9):
     if len(image_embeddings) != len(image_filenames):
         raise ValueError(f"{len(image_embeddings)} embeddings and {len(image_filenames)} filenames")
     if not 1 <= n <= len(image_filenames):
-        raise InputError(f"n is {n}, with {len(image_filenames)} images to search: give 1 to {len(image_filenames)}")
+        raise InputError(f"n is {n}, with {len(image_filenames)} images to search: use 1 to {len(image_filenames)}")
     scores = image_embeddings @ embed_captions(model, [query])[0].to(image_embeddings.device)
     return [(image_filenames[i], scores[i].item()) for i in scores.topk(n).indices.tolist()]
 
@@ -141,11 +141,11 @@ class Searcher:
         return self.answer(build_query(query, plus, minus), n, kind)["results"]
 
     def answer(self, query, n=None, kind="images"):
-        """A dict of a query's text, kind, searched (number of candidates), match and results; see `build_query`."""
+        """Answer a query from `build_query`: a dict of query, kind, searched (number of candidates), match, results."""
         names, vectors = self.index(kind)
         n = min(9, len(names)) if n is None else n
         if n < 1 or (n > len(names) and kind == "images"):
-            raise InputError(f"n is {n}, with {len(names)} {kind} to search: give --n 1 to {len(names)}")
+            raise InputError(f"n is {n}, with {len(names)} {kind} to search: use 1 to {len(names)}")
         searched = len(names) - int(vectors[0][:, 0].isnan().sum())
         scores = mean_scores(vectors, [query_vector(run.model, query) for run in self.runs])
         for _, value in query:
@@ -164,7 +164,7 @@ class Searcher:
         from extras.search_index import index_captions, index_images, list_captions
 
         if kind not in ("images", "captions"):
-            raise ValueError(f"kind is {kind!r}: give 'images' or 'captions'")
+            raise ValueError(f"kind is {kind!r}: use 'images' or 'captions'")
         if kind not in self.loaded and kind == "images":
             self.loaded[kind] = self.gallery.names, [index_images(run, self.gallery).vectors for run in self.runs]
         elif kind not in self.loaded:
@@ -173,7 +173,7 @@ class Searcher:
         return self.loaded[kind]
 
     def threshold(self, query, kind, num_searched):
-        """The score from which a result is a match; None for combined queries and for images similar to an image."""
+        """The minimum score of a match; None for combined queries and for image-to-image search."""
         from extras.match_threshold import choose_threshold, load_match_rates
 
         if len(query) > 1 or isinstance(query[0][1], str) != (kind == "images"):
@@ -235,11 +235,11 @@ def rank(scores, n, threshold=None):
     The z-score is the distance from the mean score in standard deviations. `match` tells whether the score is at least
     `threshold`; it is None without a threshold (no decision).
     """
-    others = scores[~scores.isnan()]
-    if not len(others):
+    valid = scores[~scores.isnan()]
+    if not len(valid):
         return []
-    mean, std = others.mean().item(), others.std(correction=0).item()
-    best = scores.nan_to_num(-torch.inf).topk(min(n, len(others)))
+    mean, std = valid.mean().item(), valid.std(correction=0).item()
+    best = scores.nan_to_num(-torch.inf).topk(min(n, len(valid)))
     results = []
     for row, score in zip(best.indices.tolist(), best.values.tolist(), strict=True):
         z_score = (score - mean) / std if std > 1e-7 else 0.0
@@ -305,7 +305,7 @@ def plot_answers(answers, arguments):
     if panels:
         report_plot("images", output, plot_grid(panels, output))
     else:
-        print("no image to show", file=sys.stderr)
+        print("no images to show", file=sys.stderr)
 
 
 def image_title(result):
@@ -318,10 +318,10 @@ def evaluate(models, arguments):
     """Print the retrieval metrics on all images of a captions file."""
     pairs = make_pairs(captions_by_image(read_captions(arguments.captions_path)), arguments.image_path)
     check_files(pairs.files)
-    # Embeddings side by side, divided by sqrt(models): their dot products are the means over the models.
+    # Concatenated embeddings, divided by sqrt(models): dot products are mean similarities over the models.
     images = torch.cat([embed_images(model, pairs.files) for model in models], 1) / len(models) ** 0.5
     texts = torch.cat([embed_captions(model, pairs.captions) for model in models], 1) / len(models) ** 0.5
-    metrics = retrieval_metrics(images, texts, pairs.image_index)
+    metrics = retrieval_metrics(images, texts, pairs.image_index, num_draws=1000)
     counts = {"images": len(pairs.files), "captions": len(pairs.captions)}
     print(json.dumps({**counts, **metrics}) if arguments.json else format_metrics(metrics))
 

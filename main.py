@@ -12,7 +12,7 @@ from utils.cli import exit_on_input_error, sigterm_as_interrupt, stop_signals
 from utils.runs import resolve_run
 
 if __name__ == "__main__":
-    exit_on_input_error(resolve_run)()  # before the heavy imports: --help and bad flags are answered at once
+    exit_on_input_error(resolve_run)()  # before the heavy imports, so that --help and flag errors return at once
 
 import torch
 from timm.utils import ModelEmaV3
@@ -53,7 +53,7 @@ from utils.synthetic import generate_dataset
 
 @dataclass
 class TrainState:
-    """What training changes, and the position in the run."""
+    """The mutable state of training, and the position in the run."""
 
     model: CLIP
     ema: ModelEmaV3 | None
@@ -73,7 +73,7 @@ class TrainState:
         return self.ema.module if self.ema else self.model
 
     def stateful_parts(self):
-        """What a checkpoint saves with `state_dict`."""
+        """The parts that a checkpoint saves via `state_dict`."""
         ema = self.ema.module if self.ema else None
         parts = {"model": self.model, "ema": ema, "augmentation": self.augmentation}
         parts |= {"optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self.scaler}
@@ -84,7 +84,7 @@ class TrainState:
 
 
 def train(config):
-    """Train from wherever the run folder says the run is, and evaluate the best model; returns the final results."""
+    """Train from the last checkpoint, if there is one, and evaluate the best model; returns the final results."""
     config = init_processes(config)
     device, amp_dtype = setup_device(config.device, config.precision)
     folder = Path(config.run)
@@ -93,7 +93,7 @@ def train(config):
     if is_first_process():
         print(describe_splits(config, splits), describe_model(config, model, amp_dtype), sep="\n", flush=True)
     open_images(splits, config)
-    precompute_features(model, splits, amp_dtype, config)  # of encoders that are not trained
+    precompute_features(model, splits, amp_dtype, config)  # of frozen encoders
     sampler, loader = build_loader(model, splits["train"], config)
     steps = config.epochs * sampler.num_batches
 
@@ -251,7 +251,7 @@ def build_optimizer(model, config):
 def build_scheduler(optimizer, config, steps):
     """ReduceLROnPlateau on the validation loss, stepped per epoch; or linear warm-up and cosine to zero, per step.
 
-    Not transformers' cosine schedule, which gives the first step a learning rate of zero.
+    transformers' cosine schedule is not used: its first step has a learning rate of zero.
     """
     if config.scheduler == "plateau":
         return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=config.factor, patience=config.patience)
@@ -266,7 +266,7 @@ def build_scheduler(optimizer, config, steps):
 
 
 def build_ema(model, decay):
-    """The EMA of the weights; its decay grows as (1 + step) / (10 + step), so that the initialisation is forgotten."""
+    """The EMA of the weights; its decay grows as (1 + step) / (10 + step), so the initial weights fade quickly."""
     ema = ModelEmaV3(model, decay, use_warmup=True, warmup_gamma=9, warmup_power=1.0)
     return ema.requires_grad_(False)
 
@@ -280,7 +280,7 @@ def build_gan_augmentation(model, pairs, amp_dtype, config, steps):
     augmentation = build_augmentation(config, pairs, model, model.device, amp_dtype)
     if config.gan_ratio and not any(augmentation.is_active(step / steps) for step in range(steps)):
         raise InputError(
-            f"gan_start is {config.gan_start:g}, gan_end {config.gan_end:g}: none of the {steps} steps lies between"
+            f"gan_start is {config.gan_start:g}, gan_end {config.gan_end:g}: none of the {steps} steps is in between"
         )
     return augmentation
 
@@ -296,7 +296,7 @@ def load_data(config):
     smallest = min(len(pairs.files) for pairs in splits.values() if pairs.files)
     _, world_size = rank_and_world_size()
     if smallest < world_size:
-        raise InputError(f"a split has {smallest} images, for {world_size} processes: start fewer")
+        raise InputError(f"a split has {smallest} images, too few for {world_size} processes: start fewer processes")
     return splits
 
 
@@ -316,7 +316,7 @@ def build_loader(model, pairs, config):
 
 @torch.no_grad()
 def evaluate(model, pairs, amp_dtype, config):
-    """The retrieval metrics of a split, and its loss in batches of `batch_size` images with `captions_per_image`."""
+    """The retrieval metrics of a split, and its mean loss over batches shaped as in training."""
     image_embeddings, text_embeddings = embed_split(model, pairs, amp_dtype, config)
     metrics = retrieval_metrics(image_embeddings, text_embeddings, pairs.image_index)
     loss_sum = 0.0
@@ -336,7 +336,7 @@ def report(state, splits, config, device, amp_dtype):
     best = first_process_first(lambda: load_model(folder / "best", device))  # written by the first process
     images, texts = embed_split(best, pairs, amp_dtype, config)
     validation = embed_split(best, splits["validation"], amp_dtype, config)
-    metrics = retrieval_metrics(images, texts, pairs.image_index)
+    metrics = retrieval_metrics(images, texts, pairs.image_index, num_draws=1000)
     results = {"split": split, "images": len(pairs.files), **metrics}
     if is_first_process():
         write_json(folder / "results.json", results)
@@ -348,7 +348,7 @@ def report(state, splits, config, device, amp_dtype):
         print(f"\n{split} split, {results['images']:,} images:\n{format_metrics(metrics)}")
         print(f"model, curves.png and matches.png are in {folder}")
         print(f'to search: python inference.py "a sentence" --run {folder.as_posix()}', flush=True)
-    if process_group():  # not after an error: it would wait for processes that wait for this one
+    if process_group():  # skipped after an error, where it would deadlock
         torch.distributed.destroy_process_group()
     return results
 
@@ -358,7 +358,7 @@ def report(state, splits, config, device, amp_dtype):
 
 @exit_on_input_error
 def main(argv=None):
-    """Train CLIP; with `--gan` and no `--gan_run`, first a CLIP on real images and a GAN."""
+    """Train CLIP; `--gan` without `--gan_run` first trains a CLIP on real images and a GAN."""
     config, sources = resolve_run(argv)
     if is_first_process():
         print(format_config(config, sources), flush=True)
@@ -367,7 +367,7 @@ def main(argv=None):
     if several and (all_stages or config.gan == "joint"):
         raise InputError(
             f"gan is {config.gan} in several processes, but a GAN is trained in one: train it with "
-            "python gan.py --run ..., then give --gan pairs --gan_run ..."
+            "python gan.py --run ..., then pass --gan pairs --gan_run ..."
         )
     with nullcontext() if several else sigterm_as_interrupt():
         try:
@@ -378,7 +378,7 @@ def main(argv=None):
             return train(config)
         except KeyboardInterrupt:  # before the first step or after the last: in between a checkpoint is written
             started = any((Path(config.run) / name).exists() for name in ("last.pt", "stage1", "first"))
-            hint = f"to continue: python main.py --resume --run {config.run}" if started else "before the first step"
+            hint = f"to continue: python main.py --resume --run {config.run}" if started else "no step was completed"
             print(f"\nstopped; {hint}", flush=True)
             raise SystemExit(130) from None
 

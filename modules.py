@@ -16,8 +16,8 @@ from torch import nn
 from config import InputError
 from utils.pretrained import PAPER_ENCODERS, load_image_weights, load_text_backbone, load_text_config, read_image_config
 
-# Captions encoded at once on a CPU, times the encoder's width. Measured on two cores, forward and backward: of 8, 16
-# and 32 captions 16 were the fastest for DistilBERT, 768 wide; of 16, 32, 64 and 320 the last two for 128 wide.
+# Captions encoded at once on a CPU, times the encoder's width. Measured on two cores, forward and backward: for
+# DistilBERT (width 768), 16 was faster than 8 and 32; for width 128, 64 and 320 were faster than 16 and 32.
 CPU_CAPTIONS_TIMES_WIDTH = 16 * 768
 
 
@@ -59,7 +59,7 @@ class TextEncoder(nn.Module):
         return vars(config) if isinstance(config, SimpleNamespace) else config.to_dict()
 
     def forward(self, input_ids, attention_mask):
-        """On a CPU, captions of similar length are encoded together; a GPU would stall on reading the lengths."""
+        """On a CPU, captions of similar length are encoded together; on a GPU, reading the lengths would stall."""
         if input_ids.device.type != "cpu":
             return self.encode(input_ids, attention_mask)
         lengths = attention_mask.sum(1)
@@ -82,7 +82,7 @@ class TextEncoder(nn.Module):
 
 
 class CBOW(nn.Module):
-    """Continuous bag of words: one embedding per token, (T, L) ids -> (T, L, F); its mean ignores word order."""
+    """Continuous bag of words: one embedding per token, (T, L) ids -> (T, L, F); mean pooling ignores order."""
 
     def __init__(self, vocab_size, hidden_size):
         super().__init__()
@@ -95,7 +95,7 @@ class CBOW(nn.Module):
 
 
 class ProjectionHead(nn.Module):
-    """From an encoder's features to the shared space, (., F) -> (., D); one layer is the paper's linear projection."""
+    """Maps an encoder's features to the shared space, (., F) -> (., D); one layer is the paper's linear projection."""
 
     def __init__(self, width, dim, num_layers=1, dropout=0.0, bias=False):
         super().__init__()
@@ -121,10 +121,10 @@ def build_image_encoder(name, size, pretrained):
 
 
 def build_timm_model(architecture, size, **model_args):
-    """A randomly initialised timm model without classifier for images of `size` pixels; raises InputError."""
+    """A randomly initialised timm model without a classifier, for images of `size` pixels; raises InputError."""
     if not timm.is_model(architecture):
         names = ", ".join([*timm.list_models(f"*{architecture}*")[:3], *PAPER_ENCODERS])
-        raise InputError(f"model_name is {architecture!r}, which timm does not know: try a folder or {names}")
+        raise InputError(f"model_name is {architecture!r}, which is not a timm model: try a folder or {names}")
     config = timm.get_pretrained_cfg(architecture)
     if config is not None and config.fixed_input_size:
         model_args["img_size"] = size
@@ -132,11 +132,11 @@ def build_timm_model(architecture, size, **model_args):
     model = timm.create_model(architecture, pretrained=False, num_classes=0, **model_args)
     step = getattr(getattr(model, "patch_embed", None), "patch_size", None) or 1
     if isinstance(getattr(model, "head", None), AttentionPool2d):
-        step = 32  # its position embeddings expect an input downsampled five times without remainder
+        step = 32  # its position embeddings require a resolution divisible by 32
     step = max(step) if isinstance(step, tuple) else step
     if size % step:
         nearest = max(step, round(size / step) * step)
-        raise InputError(f"size is {size}, but {architecture} takes multiples of {step}: give --size {nearest}")
+        raise InputError(f"size is {size}, but {architecture} needs a multiple of {step}: pass --size {nearest}")
     return model
 
 
@@ -150,12 +150,12 @@ def build_text_encoder(name, pooling, pretrained, vocab_size, layers=0, width=0)
         return TextEncoder(build_text_backbone(scratch_text_config(name, vocab_size, layers, width)), pooling), None
     backbone, projection = load_text_backbone(name)
     if vocab_size > backbone.config.vocab_size:
-        raise InputError(f"text_tokenizer has {vocab_size} tokens, more than {name} has embeddings: give {name}'s own")
+        raise InputError(f"text_tokenizer has {vocab_size} tokens, more than {name} has embeddings: use {name}'s own")
     return TextEncoder(backbone, pooling), projection
 
 
 def scratch_text_config(name, vocab_size, layers, width):
-    """The config of a text encoder trained from scratch: that of `name`, with the given sizes; 0 keeps the config's."""
+    """The config of a text encoder trained from scratch: that of `name`, with the given sizes (0: unchanged)."""
     if name == "cbow":
         if layers:
             raise InputError(f"text_layers is {layers}, but text_encoder_model cbow has no layers: omit --text_layers")
@@ -172,7 +172,7 @@ def scratch_text_config(name, vocab_size, layers, width):
 
 
 def build_text_backbone(config):
-    """A randomly initialised text model of a config, or of the dict that `TextEncoder.model_config` returned."""
+    """A randomly initialised text model built from a config, or from the dict `TextEncoder.model_config`."""
     if isinstance(config, dict):
         if config["model_type"] == "cbow":
             return CBOW(config["vocab_size"], config["hidden_size"])

@@ -159,7 +159,7 @@ def render_held_out(folder, num_images, held_out, share, seed):
     if len(without) < needed or len(with_absent) < half:
         raise InputError(
             f"held_out is {held_out}, which leaves {len(without)} scenes without those combinations, but {needed} are "
-            "needed: hold out fewer, or give a smaller --share"
+            "needed: hold out fewer, or pass a smaller --share"
         )
     splits = {
         "train": without[:train],
@@ -399,7 +399,7 @@ def check_folder(folder, config):
         for name, value in settings.items():
             if before.get(name) != value:
                 raise InputError(
-                    f"{name} is {value}, but {folder} contains runs with {before.get(name)}: give another --folder"
+                    f"{name} is {value}, but {folder} contains runs with {before.get(name)}: pass another --folder"
                 )
     write_json(path, settings)
 
@@ -450,7 +450,7 @@ def parse_arguments(argv=None):
     if min(*own.seeds, own.data_seed, own.held_out) < 0:
         raise InputError("seeds, data_seed and held_out must be at least 0")
     if STAGE_1_SEED in own.seeds:
-        raise InputError(f"seed {STAGE_1_SEED} is that of stage 1: give others")
+        raise InputError(f"seed {STAGE_1_SEED} is that of stage 1: use others")
     # Captions of unseen scenes exist for synthetic scenes only; with combinations held out, `pairs` already uses them.
     possible = [arm for arm in ARMS if arm != "sentences" or (config.sample_images and not own.held_out)]
     if "sentences" in (own.arms or ()) and "sentences" not in possible:

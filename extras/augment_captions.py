@@ -3,7 +3,7 @@
 With `--meaning same` a variant still describes its image: the output is a CSV that can be appended to a captions file.
 With `--meaning new` it describes another plausible image: the output is a list for `--gan_captions`.
 
-Words are proposed by the training captions (seen between the same two neighbours) or, with `--model`, by a masked
+Words come from the training captions (seen between the same two neighbours) or, with `--model`, from a masked
 language model; protected words are neither replaced nor inserted. `--meaning same` also protects colours, numbers,
 directions and negations, and requires that another caption of the image has the word beside the same neighbour.
 Variants are then filtered: the run's CLIP has to retrieve the image, or the captions have to contain all trigrams.
@@ -29,7 +29,7 @@ MEANING_WORDS = (
 )
 PROTECTED = {"same": {*WORD.findall(f"{FUNCTION_WORDS} {MEANING_WORDS}")}, "new": {*WORD.findall(FUNCTION_WORDS)}}
 MIN_COUNT = 2  # times that a word must occur between the same neighbours
-# Of a masked language model; the relative probability is relative to the original word.
+# Limits on a masked language model's proposals; relative: divided by the original word's probability.
 MAX_PROPOSALS, MIN_PROBABILITY, MIN_RELATIVE_PROBABILITY = 10, 0.03, 0.1
 FILTER_TOP_K, FILTER_BATCH = 10, 100  # CLIP has to rank the image among the first 10 of at least 100
 
@@ -40,7 +40,7 @@ def parse_arguments(argv=None):
     parser.add_argument(
         "--meaning", choices=("same", "new"), default="same", help="meaning of the variants (default: same)"
     )
-    parser.add_argument("--model", help="masked LM that proposes words (default: the training captions do)")
+    parser.add_argument("--model", help="masked LM that proposes words (default: words from the training captions)")
     parser.add_argument("--number", type=int, default=1000, help="maximum number of variants (>= 1, default: 1000)")
     parser.add_argument("--changes", type=int, default=1, help="words replaced per caption (>= 1, default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="random seed (>= 0, default: 0)")
@@ -54,7 +54,7 @@ def parse_arguments(argv=None):
 
 
 if __name__ == "__main__":
-    exit_on_input_error(parse_arguments)()  # before the heavy imports: --help and bad flags are answered at once
+    exit_on_input_error(parse_arguments)()  # before the heavy imports, so that --help and flag errors return at once
 
 import numpy as np
 import torch
@@ -93,7 +93,7 @@ class MaskedModelProposals:
         self.tokenizer = load_tokenizer(name, "model", "omit --model")
         if missing - set(getattr(model, "_tied_weights_keys", None) or ()):
             problem = "without its language-modelling head it would propose random words"
-            raise InputError(f"model is {name}: {problem}; give a masked language model, or omit --model")
+            raise InputError(f"model is {name}: {problem}; use a masked language model, or omit --model")
         self.model = model.to(device).eval()
 
     @torch.no_grad()
@@ -101,7 +101,7 @@ class MaskedModelProposals:
         tokenizer = self.tokenizer
         own = tokenizer(words[position], add_special_tokens=False)["input_ids"]
         if len(own) != 1:
-            return {}  # a word of several tokens is rare: a name, a number
+            return {}  # several tokens: a rare word, such as a name
         masked = [*words[:position], tokenizer.mask_token, *words[position + 1 :]]
         batch = tokenizer(" ".join(masked), return_tensors="pt").to(self.model.device)
         mask_position = (batch["input_ids"][0] == tokenizer.mask_token_id).nonzero()[0, 0]
@@ -138,7 +138,7 @@ def make_variant(caption, other_captions, propose, meaning, rng, changes=1):
 
 
 def filter_proposals(words, position, proposals, other_captions, meaning):
-    """The allowed ones of the proposals {word: weight}."""
+    """The proposals {word: weight} that are allowed."""
     allowed = {w for w in proposals if WORD.fullmatch(w) and w not in words and w not in PROTECTED[meaning]}
     if meaning == "same":
         before, _, after = trigrams(words)[position]

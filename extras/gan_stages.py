@@ -12,10 +12,10 @@ from utils.synthetic import generate_dataset
 
 
 def train_stages(config, train):
-    """Train all three stages with `train`, which is `main.train`; returns the results of the last.
+    """Train all three stages with `train` (`main.train`); returns the results of the last one.
 
     Stages 1 and 2 are in stage1/ of the run folder. Finished stages are not repeated. Bad settings of later stages are
-    refused before anything is written.
+    rejected before anything is written.
     """
     check_settings(config, mentions)
     if config.sample_images:

@@ -11,13 +11,13 @@ discriminator D, a step minimises three losses, each with respect to its own par
 
     term                          theta   phi     psi
     CE of real pairs              yes     -       -
-    CE of generated pairs         yes     no      -      else CLIP and G could agree on patterns invisible to people
-    BCE of D, R1                  no      no      yes    else CLIP would learn to tell generated from real images
+    CE of generated pairs         yes     no      -      otherwise CLIP and G could collude on invisible patterns
+    BCE of D, R1                  no      no      yes    otherwise CLIP would learn to detect generated images
     BCE of G                      no      yes     no     it passes through D
     CLIP guidance of G            no      yes     -      it passes through the EMA copy of CLIP
 
-A sum CE + lambda BCE over separate parameters would couple nothing, and Adam, which normalises gradients, cancels
-lambda. Here CLIP is trained on images of G, and G to match captions according to CLIP. In each step mu is chosen such
+A sum CE + lambda BCE over separate parameters would not couple them, and Adam, which normalises gradients, cancels
+lambda. Here CLIP is trained on images from G, and G to match captions according to CLIP. In each step mu is chosen such
 that, at the images, the gradient of the second term of phi is `gan_clip_weight` times as long as that of the first.
 """
 
@@ -44,13 +44,13 @@ class JointGAN(GANAugmentation):
         super().__init__(config, pairs, model, device, amp_dtype)
         folder = self.run / "gan"
         if not (folder / "last.pt").exists():
-            raise InputError(f"{folder} contains no last.pt to continue the training of the GAN from: give --gan pairs")
+            raise InputError(f"{folder} contains no last.pt to continue the training of the GAN from: pass --gan pairs")
         if (gan_settings(folder) or {}).get("gan_subset"):
-            raise InputError(f"{folder} was trained on a subset of the images, which CLIP is not: give --gan pairs")
+            raise InputError(f"{folder} was trained on a subset of the images, which CLIP is not: pass --gan pairs")
         self.data = GANData(self.clip, pairs, config, SIDED, device)
         self.gan = GAN(self.generator.architecture, self.data.embeddings, config.gan_lr, device, amp_dtype)
         load_checkpoint(self.gan, folder)
-        self.gan.generator_optimizer.param_groups[0]["lr"] = config.gan_lr  # not those of the GAN's own training
+        self.gan.generator_optimizer.param_groups[0]["lr"] = config.gan_lr  # not the checkpoint's learning rate
         self.gan.discriminator_optimizer.param_groups[0]["lr"] = 2 * config.gan_lr
         self.generator = self.gan.ema
         self.ema = ModelEmaV3(model, CLIP_EMA_DECAY, use_warmup=True, warmup_gamma=9, warmup_power=1.0)
@@ -60,7 +60,7 @@ class JointGAN(GANAugmentation):
     def train_step(self, model, image_ids, step, progress):
         """Update the EMA of CLIP and, while generated pairs are added, train the GAN on images of CLIP's last batch."""
         self.ema.update(model, step + 2)  # timm counts from 1 and only copies at 1
-        if not self.is_active(progress):  # before, CLIP cannot yet tell which images match a caption
+        if not self.is_active(progress):  # early on, CLIP cannot yet guide the generator
             return
         batch = self.data.batch(image_ids.to(self.device)[: self.config.gan_batch_size])
         texts, weight = batch.mix(self.encode), self.config.gan_clip_weight
@@ -70,7 +70,7 @@ class JointGAN(GANAugmentation):
 
     @torch.no_grad()
     def encode(self, captions):
-        """(B, D) embeddings of training captions, given by their numbers (B,), by the EMA of CLIP."""
+        """(B, D) embeddings by the EMA of CLIP of the training captions with these indices (B,)."""
         input_ids, mask = pad_tokens([self.training_tokens[caption] for caption in captions.tolist()], self.pad_id)
         with autocast(self.device, self.amp_dtype):
             return self.clip_ema.encode_text(input_ids.to(self.device), mask.to(self.device))

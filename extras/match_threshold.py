@@ -1,8 +1,9 @@
-"""Match threshold: the cosine similarity from which a search result counts as a match.
+"""Match threshold: the minimum cosine similarity at which a search result counts as a match.
 
 It is fitted to the validation split. For every cosine on a grid, the true positive rate is the share of queries whose
-matching result scores at least that, the false positive rate the share for which another candidate does. None of n
-others does with probability (1 - false positive rate)^(n / N), the true negative rate; N candidates are in the split.
+matching result scores at least that; the false positive rate is the share for which another candidate does. The
+true negative rate, the probability that none of n others does, is (1 - false positive rate)^(n / N) for a split
+with N candidates.
 The threshold maximises the balanced accuracy, the mean of the true positive and the true negative rate.
 """
 
@@ -69,7 +70,7 @@ def matching_pairs(pairs, num_captions, num_images):
 
 
 def fit_rates(scores, matches):
-    """The rates of captions that query images, and of images that query captions; (T, N) cosines and booleans."""
+    """The rates of text-to-image and image-to-text search, from (T, N) cosines and booleans."""
     rates, scores = {}, scores.cpu()
     for direction, s, m in zip(DIRECTIONS, (scores, scores.T), (matches, matches.T), strict=True):
         rates[direction] = {"num_candidates": s.shape[1]}
@@ -80,7 +81,7 @@ def fit_rates(scores, matches):
 
 
 def choose_threshold(rates, direction, num_candidates):
-    """The cosine from which one of n images ("text_to_image") or captions ("image_to_text") is a match.
+    """The minimum cosine of a match among n images ("text_to_image") or captions ("image_to_text").
 
     None if the model is too weak, the candidates are too many, or the validation images are too few for a decision.
     """

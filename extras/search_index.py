@@ -1,4 +1,4 @@
-"""Search index: embeddings of images and captions, computed once and saved beside a run.
+"""Search index: embeddings of images and captions, computed once and saved in the run folder.
 
 An index is a safetensors file (no pickle) with names, file stats (size, modification time), content hashes, embeddings,
 and the hash of its model in the header. A file is recognised by its name and file stat, else by its content, so that
@@ -48,7 +48,7 @@ def open_run(folder, device="cpu"):
 
 @dataclass
 class Gallery:
-    """N images below the folder `root`, with their file stats (N, 2); `label` begins the name of the index file."""
+    """N images under the folder `root`, with their file stats (N, 2); `label` begins the name of the index file."""
 
     root: Path
     names: list[str]
@@ -79,7 +79,7 @@ def list_captions(config, path=None):
     try:
         split, pairs = default_split(config)
     except InputError as error:
-        raise InputError(f"the run's own captions are not available ({error}): give --captions_path") from None
+        raise InputError(f"the run's own captions are not available ({error}): pass --captions_path") from None
     return list(dict.fromkeys(pairs.captions)), config.captions_path, f"captions-{split}"
 
 
@@ -91,7 +91,7 @@ def default_split(config):
 
 
 def scan_images(folder):
-    """The names of all images below a folder, sorted, and their file stats (N, 2); raises InputError.
+    """The names of all images under a folder, sorted, and their file stats (N, 2); raises InputError.
 
     Hidden files are skipped (macOS creates ._photo.jpg beside photo.jpg). `Path.rglob` would dominate a search's time.
     """
@@ -116,7 +116,7 @@ def scan_images(folder):
 
 
 def embed_readable(model, image_files, total=None):
-    """As `embed_images`, but unreadable images get NaN and a warning; InputError if they are `total` (default: all)."""
+    """Like `embed_images`, but unreadable images get NaN and a warning; InputError if `total` (default: all) fail."""
     failed = {}
     vectors = embed_images(model, image_files, failed=failed)
     if len(failed) == (total or len(image_files)):
@@ -141,7 +141,7 @@ EMPTY = Index([], np.zeros((0, 2), np.int64), np.zeros((0, 16), np.uint8), torch
 
 
 def index_images(run, gallery):
-    """The up-to-date `Index` of a gallery, saved beside the run; the vector of an unreadable image is NaN."""
+    """The up-to-date `Index` of a gallery, saved in the run folder; the vector of an unreadable image is NaN."""
 
     def embed(names):
         return embed_readable(run.model, [gallery.root / name for name in names], total=len(gallery.names))
@@ -237,4 +237,4 @@ def write_index(path, model, index):
         with atomic_write(path) as temporary:
             save_file(tensors, temporary, metadata={"model": model, "version": VERSION})
     except (OSError, SafetensorError) as error:
-        print(f"index {path} could not be saved ({error}): the next search embeds again", file=sys.stderr)
+        print(f"index {path} could not be saved ({error}): the next search recomputes embeddings", file=sys.stderr)

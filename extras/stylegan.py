@@ -36,7 +36,7 @@ class ModulatedConv(nn.Module):
 
 
 class StyleBlock(nn.Module):
-    """Doubles the resolution and adds to the upsampled image of the blocks before: a skip connection to the output."""
+    """Doubles the resolution and adds its RGB output to the upsampled image of the previous blocks."""
 
     def __init__(self, channels, out):
         super().__init__()
@@ -51,7 +51,7 @@ class StyleBlock(nn.Module):
 
 
 class StyleGenerator(nn.Module):
-    """Mapping network, learned constant and modulated convolutions, without per-pixel noise and style mixing.
+    """Mapping network, learned constant and modulated convolutions, without per-pixel noise or style mixing.
 
     The mapping cannot discard the caption: it is concatenated afterwards, as in StyleGAN-T (arXiv:2301.09515).
     """

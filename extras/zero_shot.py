@@ -35,7 +35,7 @@ def label_logits(models, image_files, labels, templates=TEMPLATES):
 
 
 def embedding_logits(models, image_embeddings, labels, templates=TEMPLATES):
-    """As `label_logits`, from the unit vectors (N, D) of each model."""
+    """Like `label_logits`, from the unit vectors (N, D) of each model."""
     text_embeddings = [label_embeddings(model, labels, templates) for model in models]
     parts = zip(models, image_embeddings, text_embeddings, strict=True)
     return torch.stack([(m.logit_scale.exp() * (images @ texts.T)).detach().cpu() for m, images, texts in parts]).mean(
@@ -47,7 +47,7 @@ def parse_labels(text):
     """The distinct labels of a comma-separated list; raises InputError."""
     labels = list(dict.fromkeys(label.strip() for label in text.split(",") if label.strip()))
     if len(labels) < 2:
-        raise InputError(f'labels is {text!r}: give two or more, separated by commas: "dog,cat,horse"')
+        raise InputError(f'labels is {text!r}: use two or more, separated by commas: "dog,cat,horse"')
     return labels
 
 
@@ -57,10 +57,10 @@ def read_labelled_images(source, image_path=None):
     if source.is_dir():
         names = [name for name in scan_images(source)[0] if "/" in name]
         if not names:
-            raise InputError(f"{source} has no subfolders with images: give one subfolder per label")
+            raise InputError(f"{source} has no subfolders with images: use one subfolder per label")
         return [source / name for name in names], [name.split("/")[0].replace("_", " ") for name in names]
     if not source.is_file():
-        raise InputError(f"zero_shot is {source}: give a folder with one subfolder per label, or a CSV file")
+        raise InputError(f"zero_shot is {source}: use a folder with one subfolder per label, or a CSV file")
     try:
         rows = list(csv.DictReader(io.StringIO(read_text(source), newline="")))
     except csv.Error as error:
@@ -77,7 +77,7 @@ def read_labelled_images(source, image_path=None):
 
 
 def evaluate_labels(logits, truth, labels):
-    """Accuracy over N images and its mean over K labels (per cent), and the confusion counts (K, K); logits (N, K)."""
+    """Accuracy over N images and its mean over K labels (percent), and the confusion counts (K, K); logits (N, K)."""
     rows, predicted = np.array([labels.index(label) for label in truth]), logits.argmax(1).numpy()
     confusion = np.zeros((len(labels), len(labels)), dtype=int)
     np.add.at(confusion, (rows, predicted), 1)
@@ -112,7 +112,7 @@ def evaluate_zero_shot(models, arguments):
     labels = parse_labels(arguments.labels) if arguments.labels else known
     if len(labels) < 2 or not set(known) <= set(labels):
         given = ", ".join(labels)
-        raise InputError(f"labels are {given}: give two or more, with all labels of the images ({', '.join(known)})")
+        raise InputError(f"labels are {given}: use two or more, with all labels of the images ({', '.join(known)})")
     logits = label_logits(models, files, labels, arguments.template or TEMPLATES)
     readable = (~logits[:, 0].isnan()).nonzero()[:, 0]
     results = evaluate_labels(logits[readable], [truth[i] for i in readable], labels)

@@ -179,6 +179,14 @@ def fit(monkeypatch):
 
 
 @pytest.fixture
+def pretrained():
+    """The folder of pretrained encoders in the environment variable PRETRAINED; the test is skipped without it."""
+    if not os.environ.get("PRETRAINED"):
+        pytest.skip("PRETRAINED is not set to a folder with tf_efficientnet_lite0/ and all-MiniLM-L6-v2/")
+    return Path(os.environ["PRETRAINED"])
+
+
+@pytest.fixture
 def flickr8k():
     """The Flickr8k folder in the environment variable FLICKR8K; the test is skipped without it."""
     if not os.environ.get("FLICKR8K"):

@@ -137,7 +137,7 @@ def test_contrastive_loss_of_a_repeated_image_ignores_its_other_captions():
 
 
 def test_contrastive_loss_needs_image_index_for_several_captions():
-    with pytest.raises(ValueError, match="2 images and 4 captions: give image_index"):
+    with pytest.raises(ValueError, match="2 images and 4 captions: pass image_index"):
         contrastive_loss(torch.eye(4)[:2], torch.eye(4), torch.tensor(0.0))
 
 
@@ -379,10 +379,10 @@ DAMAGES = {
         lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:5000]),
         "not a safetensors file",
     ),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "contains no model.safetensors"),
-    "no settings": (lambda f: (f / "config.json").unlink(), "contains no config.json"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing"),
+    "no settings": (lambda f: (f / "config.json").unlink(), "config.json is missing"),
     "invalid JSON": (lambda f: (f / "config.json").write_text("{"), "cannot be read as JSON"),
-    "a list": (lambda f: (f / "config.json").write_text("[1]"), "does not hold a JSON object"),
+    "a list": (lambda f: (f / "config.json").write_text("[1]"), "does not contain a JSON object"),
     "missing setting": (lambda f: change_json(f, lambda c: c["settings"].pop("size")), "lacks settings.size"),
     "no settings in it": (lambda f: change_json(f, lambda c: c.pop("settings")), "lacks settings.image_path"),
     "missing mean": (lambda f: change_json(f, lambda c: c["image_encoder"].pop("mean")), "lacks image_encoder.mean"),
@@ -391,9 +391,9 @@ DAMAGES = {
     "unknown setting": (lambda f: change_json(f, lambda c: c["settings"].update(sizes=1)), "unknown setting 'sizes'"),
     "missing tensor": (lambda f: change_weights(f, lambda s: s.pop(HEAD)), f"lacks the tensor {HEAD}"),
     "unknown tensor": (lambda f: change_weights(f, lambda s: s.update(x=torch.zeros(1))), "has an unknown tensor x"),
-    "misshapen tensor": (
+    "wrongly shaped tensor": (
         lambda f: change_weights(f, lambda s: s.update({HEAD: s[HEAD][:, :5].contiguous()})),
-        f"has a misshapen tensor {HEAD}",
+        f"has a wrongly shaped tensor {HEAD}",
     ),
 }
 

@@ -132,7 +132,7 @@ def append(path, line):
         ("unreadable image", ["03.jpg cannot be read"]),
         ("truncated jpeg", ["03.jpg cannot be read", "truncated"]),
         ("empty captions", ["captions.txt is empty"]),
-        ("header only", ["captions.txt holds no captions"]),
+        ("header only", ["captions.txt contains no captions"]),
         ("wrong columns", ["photo", "`image` and `caption`"]),
         ("overlong caption", ["line 42", "10,000 words"]),
         ("no caption", ["line 42", "'20.jpg' has no caption"]),
@@ -211,7 +211,7 @@ def test_search_refuses_a_damaged_model(search, trained_run, tmp_path):
     weights.write_bytes(pickle.dumps({"logit_scale": 1}))
     assert "is not a safetensors file" in search("a dog", run=run)
     weights.unlink()
-    assert "contains no model.safetensors" in search("a dog", run=run)
+    assert "model.safetensors is missing" in search("a dog", run=run)
     save_file(state, weights)
 
     content = read_json(description)

@@ -89,7 +89,7 @@ def test_random_split_depends_on_the_names_and_the_seed_alone(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("00.jpg\nzz.jpg\nyy.jpg\n", "trainImages.txt names zz.jpg and 1 more, without a caption"),
+        ("00.jpg\nzz.jpg\nyy.jpg\n", "trainImages.txt lists zz.jpg and 1 more, not found in the captions file"),
         ("00.jpg\n20.jpg\n", "20.jpg is in two split files, Flickr_8k.trainImages.txt and Flickr_8k.devImages.txt"),
         (b"\xff\xfe\x00", "trainImages.txt cannot be read as UTF-8"),
     ],

@@ -353,13 +353,13 @@ def test_help_shows_only_the_settings_of_the_gan(capsys):
 def test_settings_are_parsed_without_torch():
     code = "import sys, utils.gan_settings as s; s.parse_gan_config(['--run', 'nowhere'])"
     result = run_python("-c", f"try:\n {code}\nexcept ValueError as e:\n print(e, 'torch' in sys.modules)")
-    assert "contains no run" in result.stdout and "False" in result.stdout, result.stderr
+    assert "which is not a run folder" in result.stdout and "False" in result.stdout, result.stderr
 
 
 def test_command_refuses_bad_input(gan_run, trained_run, tmp_path, refused):
     assert "--run" in refused(gan.main, [])
-    assert "contains no run" in refused(gan.main, ["--run", "nowhere"])
-    assert "batch_size is not a setting of the GAN" in refused(gan.main, ["--run", trained_run, "--batch_size", 4])
+    assert "which is not a run folder" in refused(gan.main, ["--run", "nowhere"])
+    assert "batch_size is not a GAN setting" in refused(gan.main, ["--run", trained_run, "--batch_size", 4])
     assert "already contains a GAN" in refused(gan.main, ["--run", gan_run])
     assert "was started with 4" in refused(gan.main, ["--run", gan_run, "--resume", "--gan_width", 8])
     assert "renamed to --gan_clip_weight" in refused(gan.main, ["--run", gan_run, "--resume", "--gan_match", 0.5])
@@ -453,7 +453,7 @@ def test_caption_list_replaces_the_training_captions(with_gan, tmp_path):
     assert first == second < 0 and alone < 0 and alone != first  # captions of one group are never negatives
     assert known == train.image_index[7]
     (tmp_path / "list.txt").write_text("one\n", encoding="utf-8")
-    with pytest.raises(InputError, match="holds 1 captions"):
+    with pytest.raises(InputError, match="contains 1 captions"):
         build(with_gan(gan_captions=str(tmp_path / "list.txt"), run=str(tmp_path / "other")))
 
 
@@ -543,7 +543,7 @@ def test_ratio_too_small_for_the_batch_is_refused(with_gan, monkeypatch):
         build(with_gan(gan_ratio=0.2, batch_size=4))
     _, augmentation, _ = build(with_gan(gan_ratio=0.25, batch_size=8))
     monkeypatch.setattr("utils.clip_filter.rank_and_world_size", lambda: (0, 2))  # four real images for each
-    with pytest.raises(InputError, match="fewer than two generated images for a process's batch of 4"):
+    with pytest.raises(InputError, match="fewer than two generated images per 4 real ones"):
         gan.GANAugmentation(augmentation.config, load_splits(augmentation.config)["train"], None, None, None)
 
 
@@ -578,7 +578,7 @@ def test_missing_caption_list_is_refused_before_training(tiny_config, tmp_path, 
 
 
 def test_interval_without_a_step_is_refused(with_gan):
-    with pytest.raises(InputError, match="none of the 15 steps lies between"):
+    with pytest.raises(InputError, match="none of the 15 steps is in between"):
         build(with_gan(epochs=1, gan_start=0.41, gan_end=0.45))
 
 
@@ -597,7 +597,7 @@ def test_caption_list_may_be_moved_but_not_changed(with_gan, tmp_path, refused):
     main.main(["--resume", "--run", "run", "--epochs", "2", "--gan_captions", "b.txt"])
     (tmp_path / "b.txt").write_text("\n".join(lines[:-1] + ["A cat ."]) + "\n")
     line = refused(main.main, ["--resume", "--run", "run", "--epochs", "3", "--gan_captions", "b.txt"])
-    assert "gan_captions contains other captions" in line
+    assert "gan_captions differs from the captions" in line
 
 
 def test_settings_of_a_trained_gan_are_adopted(with_gan, tmp_path, refused, gan_run):

@@ -282,6 +282,7 @@ def test_evaluate_one_run_and_an_ensemble(run, sample, tmp_path, capsys, tiny_mo
     save_model(tiny_model(projection_dim=16), tmp_path / "other/best")
     paths = ["--image_path", sample["image_path"], "--captions_path", sample["captions_path"]]
     found = search(capsys, "--evaluate", *paths, "--run", run)
+    assert set(found.pop("ci95")) == {name for name in found if "R@" in name or name == "rsum"}
     both = search(capsys, "--evaluate", *paths, "--run", run, "other")
     pairs = make_pairs(captions_by_image(read_captions(sample["captions_path"])), sample["image_path"])
     models = [open_run(run).model, open_run("other").model]
@@ -320,7 +321,7 @@ def test_evaluate_one_run_and_an_ensemble(run, sample, tmp_path, capsys, tiny_mo
         (["--image", "gallery/0.jpg", "--labels", "a"], "two or more"),
         (["--image", "gallery/0.jpg", "--labels", "a,b", "--template", "x"], "template"),
         (["--evaluate"], "needs --image_path"),
-        (["photo.jpg"], "an image: give --image photo.jpg"),
+        (["photo.jpg"], "an image: pass --image photo.jpg"),
         (["a dog", "--images", ""], "images is empty"),
         (["a dog", "--zero_shot", "x"], "--zero_shot cannot be combined with a sentence"),
         (["--evaluate", "--zero_shot", "x"], "--zero_shot: not allowed with argument --evaluate"),

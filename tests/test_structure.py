@@ -146,9 +146,9 @@ def test_the_seven_have_at_most_2400_lines():
     assert sum(sizes.values()) <= 2400, (sum(sizes.values()), sizes)
 
 
-def test_source_has_at_most_5600_lines():
+def test_source_has_at_most_5700_lines():
     sizes = {name: num_lines(name) for name in FILES}
-    assert sum(sizes.values()) <= 5600, (sum(sizes.values()), sizes)
+    assert sum(sizes.values()) <= 5700, (sum(sizes.values()), sizes)
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -12,10 +12,10 @@ from config import InputError
 from utils.files import read_lines, read_text
 
 CAPTION_FILES = ("captions.txt", "captions.csv", "Flickr8k.token.txt")
-MISSING_IMAGES = {"2258277193_586949ec62.jpg.1"}  # in Flickr8k.token.txt with five captions, in no archive
+MISSING_IMAGES = {"2258277193_586949ec62.jpg.1"}  # listed in Flickr8k.token.txt, but absent from all archives
 MAX_WORDS = 1000  # a longer "caption" comes from an unclosed quote
 FLICKR8K_HELP = (
-    "Flickr8k is available on Kaggle (search for 'flickr 8k dataset'): unpack it and give --image_path .../Images "
+    "Flickr8k is available on Kaggle (search for 'flickr 8k dataset'): unpack it and pass --image_path .../Images "
     "--captions_path .../captions.txt. To try the program without it: python main.py --preset demo"
 )
 
@@ -39,7 +39,7 @@ def read_captions(path):
     path = find_captions_file(path)
     text = read_text(path)
     if not text.strip():
-        raise InputError(f"{path} is empty: it should hold `image,caption` lines")
+        raise InputError(f"{path} is empty: it should contain `image,caption` lines")
     first_line = text.lstrip()[:1000].splitlines()[0]
     header = next(csv.reader([first_line]))
     columns = [name.strip().lower() for name in header]
@@ -78,7 +78,7 @@ def read_token_rows(path, text):
 
 
 def check_rows(path, rows):
-    """Stripped (image, caption) pairs without blank captions and missing images of Flickr8k; raises InputError."""
+    """Stripped (image, caption) pairs without blank captions or Flickr8k's missing image; raises InputError."""
     pairs, blank = [], {}
     for number, image, caption in rows:
         image, caption = image.strip(), " ".join(caption.split())
@@ -86,9 +86,9 @@ def check_rows(path, rows):
         if image in MISSING_IMAGES:
             continue
         if not image or windows.anchor or ".." in windows.parts:  # absolute, or leaves the folder
-            raise InputError(f"{path} line {number}: the image name {image!r} does not lie inside the image folder")
+            raise InputError(f"{path} line {number}: the image name {image!r} is not inside the image folder")
         if (n := caption.count(" ") + 1) > MAX_WORDS:
-            raise InputError(f"{path} line {number}: a caption of {n:,} words (at most {MAX_WORDS:,}): unclosed quote?")
+            raise InputError(f"{path} line {number}: caption has {n:,} words (at most {MAX_WORDS:,}): unclosed quote?")
         if caption:
             pairs.append((image, caption))
         else:
@@ -98,31 +98,31 @@ def check_rows(path, rows):
         more = f" ({len(without) - 1} more images have none)" if len(without) > 1 else ""
         raise InputError(f"{path} line {blank[without[0]]}: image {without[0]!r} has no caption{more}")
     if not pairs:
-        raise InputError(f"{path} holds no captions")
+        raise InputError(f"{path} contains no captions")
     return pairs
 
 
 def read_caption_list(path):
-    """The different captions of a text file and the group of each, two lists; raises InputError.
+    """The distinct captions of a text file and the group of each, as two lists; raises InputError.
 
     A line is a caption, or a group name, a tab and a caption: the captions of a group have the same meaning.
     """
     if not Path(path).is_file():
-        raise InputError(f"gan_captions is {path}, which is not a file: give a text file with one caption a line")
+        raise InputError(f"gan_captions is {path}, which is not a file: use a text file with one caption per line")
     found, lines = {}, read_lines(path)
     first = lines[0].lower() if lines else ""
     if first in ("image,caption", "image\tcaption") or re.match(r"[^\t]+\.\w+#\d+\t", first):
-        raise InputError(f"gan_captions is {path}, a captions file with images: give a file with one caption a line")
+        raise InputError(f"gan_captions is {path}, a captions file with images: use a file with one caption per line")
     for line in lines:
         group, tab, caption = line.partition("\t")
         found.setdefault(caption.strip() if tab else line, group if tab else line)
     if len(found) < 2:
-        raise InputError(f"{path} holds {len(found)} captions: give at least 2, one per line")
+        raise InputError(f"{path} contains {len(found)} captions: at least 2 are needed, one per line")
     return list(found), list(found.values())
 
 
 def group_captions(captions, groups, pairs):
-    """For each caption the id of its group: the training image that has one of its captions, else negative."""
+    """The group id of each caption: the index of a training image with a caption of the group, else negative."""
     known = dict(zip(pairs.captions, pairs.image_index.tolist(), strict=True))
     numbers = {group: -1 - number for number, group in enumerate(dict.fromkeys(groups))}
     numbers |= {group: known[caption] for caption, group in zip(captions, groups, strict=True) if caption in known}
@@ -130,7 +130,7 @@ def group_captions(captions, groups, pairs):
 
 
 def train_tokenizer(captions, vocab_size=30_000):
-    """A lower-casing WordPiece tokenizer of the words that occur twice, and of the characters that spell the others."""
+    """A lower-casing WordPiece tokenizer: words that occur at least twice, and characters to spell the others."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -140,7 +140,7 @@ def train_tokenizer(captions, vocab_size=30_000):
     words = Counter(word for text in texts for word, _ in splitter.pre_tokenize_str(text))
     characters = sorted({character for word in words for character in word})
     frequent = [word for word, count in sorted(words.items(), key=lambda item: (-item[1], item[0])) if count > 1]
-    # The trainer of the tokenizers library breaks ties at random; here the order is defined.
+    # The trainer of the tokenizers library breaks ties at random; here the order is deterministic.
     pieces = [*names.values(), *characters, *(f"##{character}" for character in characters), *frequent]
     vocabulary = {piece: number for number, piece in enumerate(list(dict.fromkeys(pieces))[:vocab_size])}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))

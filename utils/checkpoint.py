@@ -24,15 +24,15 @@ def create_run_folder(folder, config):
         torch.distributed.barrier()
         if not (folder / "config.json").exists():
             raise InputError(
-                f"run is {folder}, which process {rank_and_world_size()[0]} does not see: several machines need a "
+                f"run is {folder}, which process {rank_and_world_size()[0]} cannot see: several machines need a "
                 "shared working folder"
             )
 
 
 def save_checkpoint(state, folder):
-    """Write last.pt, everything that determines how the run continues, and metrics.jsonl; state: a `main.TrainState`.
+    """Write last.pt, everything needed to resume the run exactly, and metrics.jsonl; state: a `main.TrainState`.
 
-    Only the first process writes, so the processes need not agree on the moment. Raises DivergenceError: a diverged
+    Only the first process writes, so no synchronisation is needed. Raises DivergenceError: a diverged
     state does not replace the last good one.
     """
     if not is_first_process():
@@ -73,7 +73,7 @@ def read_checkpoint(path, description):
         reason = (str(error).splitlines() or [repr(error)])[0][:100]
         raise InputError(f"{path} cannot be read as {description} ({reason})") from error
     if not isinstance(checkpoint, dict):
-        raise InputError(f"{path} cannot be read as {description} (it holds no dict)")
+        raise InputError(f"{path} cannot be read as {description} (it is not a dict)")
     return checkpoint
 
 

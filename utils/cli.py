@@ -1,4 +1,4 @@
-"""What the commands share: one-line errors, progress bars, signals; no torch."""
+"""Shared by the commands: one-line errors, progress bars, signals; does not import torch."""
 
 import contextlib
 import os
@@ -11,15 +11,15 @@ from config import DivergenceError, InputError
 
 
 def exit_on_input_error(main):
-    """Decorate a command's main function: errors that are not bugs end it with one line instead of a traceback.
+    """Decorate a command's main function: expected errors are reported in one line instead of a traceback.
 
-    Exit status 2 for bad input and for what the operating system refuses (no permission, a full disk), 1 for a
-    diverged training, 130 for Ctrl-C.
+    Exit status 2 for bad input and for operating-system errors (permissions, full disk), 1 if
+    training diverged, 130 for Ctrl-C.
     """
 
     def wrapped(argv=None):
         for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):  # characters that the terminal's encoding lacks are escaped
+            if hasattr(stream, "reconfigure"):  # escape characters the terminal cannot encode
                 stream.reconfigure(errors="backslashreplace")
         try:
             return main(argv)
@@ -49,7 +49,7 @@ class StopRequest:
         self.requested = False
 
     def handle(self, signum, frame):
-        # The second signal interrupts at once. So does the first of several processes, which cannot agree on a step.
+        # A second signal interrupts at once. With several processes the first does too: they cannot agree on a step.
         if self.requested or int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise KeyboardInterrupt
         self.requested = True

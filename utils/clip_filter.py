@@ -1,4 +1,4 @@
-"""What `--gan pairs` generates: the choice of captions, and the CLIP filter for the images."""
+"""Generated pairs: the selection of captions, and the CLIP filter for the images."""
 
 import torch
 
@@ -8,14 +8,14 @@ from utils.device import autocast
 from utils.distributed import rank_and_world_size
 from utils.embed import embed_captions
 
-NUM_CAPTIONS = 100  # that are ranked for an image: its own and 99 distractors
+NUM_CAPTIONS = 100  # captions ranked per generated image: its own and 99 distractors
 
 
 class CLIPFilter:
-    """Keeps generated images whose caption `clip` ranks in the top k of it and its hardest distractors.
+    """Keeps generated images whose caption ranks in the top k, by `clip`, against its hardest distractors.
 
-    Distractors are captions of other image ids. The hardest are the most similar to the caption: with others, images
-    with the right colours alone would pass. embeddings: (T, D) of the captions; image_ids: (T,) of their images.
+    Distractors are captions of other image ids. The hardest are the most similar to the caption: with easy ones, images
+    with only the right colours would be kept. embeddings: (T, D) of the captions; image_ids: (T,) of their images.
     """
 
     def __init__(self, clip, embeddings, image_ids, pairs, config, amp_dtype):
@@ -27,7 +27,7 @@ class CLIPFilter:
 
     @torch.no_grad()
     def __call__(self, images, captions):
-        """(B,) booleans for images (B, 3, size, size) in [0, 1], generated for the captions with these numbers (B,)."""
+        """(B,) booleans for images (B, 3, size, size) in [0, 1], generated for the captions with these indices (B,)."""
         with autocast(images.device, self.amp_dtype):
             image_embeddings = self.clip.encode_image(images)
         similarity = self.embeddings[captions] @ self.distractors.T  # (B, R)
@@ -41,7 +41,7 @@ class CLIPFilter:
 def captions_to_generate(config, pairs, words, mentions):
     """The captions of `config.gan_captions` or `pairs` that contain one of `words`, and their image ids, two lists.
 
-    No words: all captions. The id is the number of the training image that has a caption of the same group, or
+    No words: all captions. The id is the index of the training image that has a caption of the same group, or
     negative. Raises InputError for fewer than two captions.
     """
     captions, image_ids = pairs.captions, pairs.image_index.tolist()
@@ -55,17 +55,17 @@ def captions_to_generate(config, pairs, words, mentions):
 def select_captions(captions, words, mentions):
     kept = [number for number, caption in enumerate(captions) if mentions(caption, words)]
     if len(kept) < 2:
-        raise InputError(f"{len(kept)} captions contain a word of the GAN's subset ({words}): give other captions")
+        raise InputError(f"{len(kept)} captions contain a word of the GAN's subset ({words}): use other captions")
     return kept
 
 
 def check_settings(config, mentions):
-    """Raise InputError for settings of generated pairs that cannot work, before anything is trained for them."""
+    """Raise InputError for invalid settings of generated pairs before any training starts."""
     images = config.batch_size // rank_and_world_size()[1]
     if config.gan_ratio and round(config.gan_ratio * images) < 2:
         raise InputError(
-            f"gan_ratio is {config.gan_ratio:g}, fewer than two generated images for a process's batch of {images}: "
-            "give a larger gan_ratio or batch_size, or --gan none"
+            f"gan_ratio is {config.gan_ratio:g}, which gives fewer than two generated images per {images} real ones: "
+            "use a larger gan_ratio or batch_size, or pass --gan none"
         )
     if config.gan == "joint" and not config.gan_run and config.gan_subset:
         raise InputError("gan_subset requires --gan pairs: in joint training CLIP and the GAN share the images")

@@ -1,6 +1,8 @@
 """Device and mixed precision."""
 
 import contextlib
+import ctypes
+import sys
 
 import torch
 
@@ -14,8 +16,10 @@ def setup_device(device="auto", precision="auto"):
     try:
         device = torch.device(device)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # depends on the build of torch
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # which one depends on the torch build
         raise InputError(f"device {str(device)!r} is not available on this machine ({str(error)[:80]})") from None
+    if device.type == "cpu":
+        keep_freed_memory()
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     if precision == "auto":
@@ -23,8 +27,21 @@ def setup_device(device="auto", precision="auto"):
         if device.type == "cuda":
             precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if precision == "fp16" and device.type == "cpu":
-        raise InputError("precision is fp16, which is not supported on a CPU: give bf16 or float32")
+        raise InputError("precision is fp16, which is not supported on a CPU: use bf16 or float32")
     return device, {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def keep_freed_memory():
+    """Let glibc keep freed blocks instead of returning them to the system; does nothing with another C library.
+
+    By default it returns every block above 32 MB at once and unmaps it. The activations of each layer are then new
+    pages that the system has to clear, which takes longer than the arithmetic (see docs/benchmarks.md).
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # musl has no mallopt
+            libc = ctypes.CDLL(None)
+            for parameter, size in ((-3, 2**30), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+                libc.mallopt(parameter, size)
 
 
 def autocast(device, amp_dtype):

@@ -1,4 +1,4 @@
-"""Training in several processes (torchrun): process group, rows gathered from all processes, sums over them."""
+"""Training in several processes (torchrun): process group, all-gather of rows, all-reduce of sums."""
 
 import datetime
 import os
@@ -32,9 +32,9 @@ def init_processes(config):
     if count == 1:
         return config
     if config.batch_size < 2 * count:
-        raise InputError(f"batch_size is {config.batch_size}, for {count} processes: give at least {2 * count}")
+        raise InputError(f"batch_size is {config.batch_size}, with {count} processes: use at least {2 * count}")
     if config.device not in ("auto", "cpu", "cuda"):
-        raise InputError(f"device is {config.device}, for {count} processes: give auto, cuda or cpu")
+        raise InputError(f"device is {config.device}, but there are {count} processes: use auto, cuda or cpu")
     use_cuda = config.device in ("auto", "cuda") and torch.cuda.is_available()
     if use_cuda:
         number, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
@@ -71,12 +71,12 @@ def row_counts(count, device, group):
 
 
 def rows_before(count, device, group):
-    """The number of rows of all processes of lower rank."""
+    """The total number of rows on processes of lower rank."""
     return 0 if group is None else sum(row_counts(count, device, group)[: dist.get_rank(group)])
 
 
 def all_gather_rows(x, group):
-    """The rows of all processes in the order of their ranks, without gradient; their numbers may differ."""
+    """The rows of all processes in the order of their ranks, without gradient; row counts may differ."""
     if group is None:
         return x
     counts = row_counts(len(x), x.device, group)
@@ -95,7 +95,7 @@ def global_sum(value, group):
 
 
 def all_reduce_sum(tensors):
-    """Sum tensors over all processes in place, in one message."""
+    """Sum tensors over all processes in place, in a single all-reduce."""
     if process_group() and tensors:
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         dist.all_reduce(flat)

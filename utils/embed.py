@@ -1,14 +1,22 @@
 """Running an encoder over many images or captions."""
 
+import contextlib
+import hashlib
 import sys
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from utils.device import autocast
 from utils.distributed import all_gather_rows, is_first_process, process_group, rank_and_world_size
-from utils.image_cache import EvaluationImages, prepare_worker
+from utils.files import atomic_write
+from utils.image_cache import EvaluationImages, file_digest, prepare_worker
+
+CPU_IMAGES = 16  # images encoded at once on a CPU: large activations do not fit into its caches
 
 
 @torch.no_grad()
@@ -23,10 +31,10 @@ def encode_dataset(function, dataset, device, amp_dtype=None, batch_size=64, num
         num_workers=num_workers,
         collate_fn=collate_fn,
         worker_init_fn=prepare_worker if num_workers else None,
-        generator=torch.Generator(),  # leaves the global random state alone
+        generator=torch.Generator(),  # does not touch the global random state
     )
     results = []
-    hidden = desc is None or not sys.stderr.isatty()  # short work: in a log file its bar is only noise
+    hidden = desc is None or not sys.stderr.isatty()  # a progress bar would only clutter a log file
     with tqdm(total=len(dataset), desc=desc, disable=hidden, leave=False) as bar:
         for batch in loader:
             parts = batch if isinstance(batch, tuple) else (batch,)
@@ -65,28 +73,64 @@ def embed_captions(model, captions, batch_size=256, amp_dtype=None, desc=None):
 
 
 def precompute_features(model, splits, amp_dtype, config):
-    """Encode the training and validation split once with each encoder that is not trained."""
+    """Encode the training and validation split once with each encoder that is not trained; cached in `cache_path`."""
     for split in ("train", "validation"):
         pairs, desc = splits[split], f"encoding {split}" if is_first_process() else None
-        for encoder, module in (("image", model.image_encoder), ("text", model.text_encoder)):
+        for encoder in ("image", "text"):
             if not config.encoder_flag("trainable", encoder):
-                features = encode_split(model, pairs, encoder, module, amp_dtype, config, desc)
-                # Those of the training split are kept in main memory: they may be many.
+                features = cached_features(model, pairs, encoder, amp_dtype, config, desc)
+                # The training features may be large, so they stay in main memory.
                 setattr(pairs, f"{encoder}_features", features.cpu() if split == "train" else features)
+
+
+def cached_features(model, pairs, encoder, amp_dtype, config, desc=None):
+    """The features of a split, read from the cache if it was encoded before with the same weights and settings."""
+    module = getattr(model, f"{encoder}_encoder")
+    if process_group():  # all processes would have to agree on what they read
+        return encode_split(model, pairs, encoder, module, amp_dtype, config, desc)
+    path = Path(config.cache_path) / f"features-{features_hash(model, pairs, encoder, amp_dtype)}.safetensors"
+    with contextlib.suppress(OSError, SafetensorError):  # not cached, or damaged
+        return load_file(path)["features"].to(model.device)
+    features = encode_split(model, pairs, encoder, module, amp_dtype, config, desc)
+    with atomic_write(path) as temporary:
+        save_file({"features": features.cpu()}, temporary)
+    return features
+
+
+def features_hash(model, pairs, encoder, amp_dtype):
+    """A hash of all that determines the features of a split: weights, preprocessing, precision, images or captions."""
+    module, config = getattr(model, f"{encoder}_encoder"), model.config
+    parts = [f"{type(module.backbone).__name__} {config.size} {module.__dict__.get('pooling')} {amp_dtype}".encode()]
+    if encoder == "image":
+        parts += [file_digest(file) for file in pairs.files]
+    else:
+        parts += [f"{model.max_length} {caption}".encode() for caption in pairs.captions]
+        parts.append(str(sorted(model.tokenizer.get_vocab().items())).encode())
+    whole = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        whole.update(len(part).to_bytes(4, "little") + part)
+    for _, tensor in sorted([*module.named_parameters(), *module.named_buffers()]):
+        whole.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return whole.hexdigest()
 
 
 def encode_split(model, pairs, encoder, function, amp_dtype, config, desc=None):
     """`function` of every image ("image") or caption ("text") of a split; the processes share the work."""
     own = own_share(len(pairs.files if encoder == "image" else pairs.captions))
-    if encoder == "image":
-        dataset, collate_fn = EvaluationImages(pairs.images, own, config.size), None
-        workers = 0 if pairs.images.cache else config.num_workers
-    else:
-        dataset = CaptionDataset(pairs.captions[own.start : own.stop], model.tokenizer, model.max_length)
-        workers, collate_fn = 0, dataset.collate
     batch_size = min(config.micro_batch_size or config.batch_size, 256)
     model.eval()
-    found = encode_dataset(function, dataset, model.device, amp_dtype, batch_size, workers, desc, collate_fn)
+    if encoder == "image":
+        dataset = EvaluationImages(pairs.images, own, config.size)
+        workers = 0 if pairs.images.cache else config.num_workers
+        batch_size = CPU_IMAGES if model.device.type == "cpu" else batch_size
+        found = encode_dataset(function, dataset, model.device, amp_dtype, batch_size, workers, desc)
+    else:  # captions of similar length together, so that little padding is encoded
+        order = sorted(own, key=lambda caption: len(pairs.captions[caption]))
+        dataset = CaptionDataset([pairs.captions[j] for j in order], model.tokenizer, model.max_length)
+        found = encode_dataset(
+            function, dataset, model.device, amp_dtype, batch_size, desc=desc, collate_fn=dataset.collate
+        )
+        found = found[torch.tensor(order, device=found.device).argsort()]
     return all_gather_rows(found, process_group())
 
 

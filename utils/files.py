@@ -1,4 +1,4 @@
-"""Reading and writing of small files; no torch."""
+"""Reading and writing small files; does not import torch."""
 
 import contextlib
 import json
@@ -13,7 +13,7 @@ from config import InputError
 def atomic_write(path):
     """Yield a temporary path that replaces `path` once the block has succeeded; on an error `path` stays as it was.
 
-    The temporary file lies beside `path` under an unpredictable name, and its content is flushed to the disk before
+    The temporary file is created next to `path` under an unpredictable name, and it is flushed to disk before
     the rename. Missing parent folders are created.
     """
     path = Path(path)
@@ -51,7 +51,7 @@ def read_json(path):
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as JSON ({error})") from None
     if not isinstance(content, dict):
-        raise InputError(f"{path} does not hold a JSON object; was it written by this program?")
+        raise InputError(f"{path} does not contain a JSON object; was it written by this program?")
     return content
 
 

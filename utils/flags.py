@@ -1,4 +1,4 @@
-"""The command line made from the settings in `config.py`; no torch."""
+"""Builds the command line from the settings in `config.py`; does not import torch."""
 
 import argparse
 import dataclasses
@@ -38,7 +38,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def flag_type(field):
-    """The conversion of a flag's text; its range is checked by `check_config`."""
+    """The `type` function of a flag; its range is checked by `check_config`."""
     kind = kind_of(field)
 
     def convert(text):

@@ -1,4 +1,4 @@
-"""The data of the GAN's training, its log, and its files in <run>/gan.
+"""The GAN's training data, log, and files in <run>/gan.
 
 Shapes: T captions, B images of a batch, K hard negatives, D width of CLIP's shared space, S resolution.
 """
@@ -18,13 +18,13 @@ from utils.files import atomic_write, read_json, write_json
 from utils.image_cache import ImageStore, build_image_cache, resize_image, storage_resolution
 from utils.plotting import plot_gan_samples
 
-MAX_BYTES = 16e9  # of images on the device
-NUM_HARD_NEGATIVES = 8  # K: the most similar of ...
-NUM_CANDIDATES = 256  # ... so many random captions
+MAX_BYTES = 16e9  # maximum size of the images on the device
+NUM_HARD_NEGATIVES = 8  # K: the most similar of the candidates
+NUM_CANDIDATES = 256  # random captions from which hard negatives are chosen
 
 
 class GANBatch(NamedTuple):
-    """Real images with numbers of captions; embeddings are interpolated between two captions of an image (mixup)."""
+    """Real images with caption indices; embeddings are interpolated between two captions of an image (mixup)."""
 
     real: torch.Tensor  # (B, 3, S, S) in [-1, 1]
     captions: torch.Tensor  # (B,)
@@ -33,7 +33,7 @@ class GANBatch(NamedTuple):
     hard_negatives: torch.Tensor  # (B, K)
 
     def mix(self, encode):
-        """Interpolated unit vectors (B, D); `encode` maps caption numbers (B,) to embeddings (B, D)."""
+        """Interpolated unit vectors (B, D); `encode` maps caption indices (B,) to embeddings (B, D)."""
         return F.normalize(torch.lerp(encode(self.captions), encode(self.other_captions), self.lam), dim=1)
 
 
@@ -48,7 +48,7 @@ class GANData:
         if num_bytes > MAX_BYTES:
             raise InputError(
                 f"the GAN keeps all images in memory: {len(pairs.files)} images at {size} pixels need "
-                f"{num_bytes / 1e9:.0f} GB (at most {MAX_BYTES / 1e9:.0f} GB): give --gan_subset"
+                f"{num_bytes / 1e9:.0f} GB (at most {MAX_BYTES / 1e9:.0f} GB): pass --gan_subset"
             )
         resolution = max(storage_resolution(config.size), size)
         if config.cache_images:
@@ -64,7 +64,7 @@ class GANData:
         self.caption_offsets = torch.from_numpy(pairs.caption_offsets).to(device)
 
     def embed(self, captions):
-        """Embeddings of caption numbers, (...) -> (..., D)."""
+        """Embeddings of caption indices, (...) -> (..., D)."""
         return self.embeddings[captions]
 
     def sample_embeddings(self, count=100):
@@ -72,10 +72,10 @@ class GANData:
         return self.embeddings[self.caption_offsets[:-1][:count]]
 
     def batch(self, images):
-        """The `GANBatch` of the images with these numbers (B,).
+        """The `GANBatch` of the images with these indices (B,).
 
         Half of the images are flipped, unless the caption says left or right. Half of the embeddings are interpolated:
-        the generator has to cover the space between the training captions, too.
+        the generator also has to cover the space between training captions.
         """
         captions, others = self.draw_captions(images), self.draw_captions(images)
         flipped = (torch.rand(len(images), device=images.device) < 0.5) & ~self.sided[captions]
@@ -106,7 +106,8 @@ class GANData:
 def augment(images):
     """DiffAugment (Zhao et al. 2020, arXiv:2006.10738): random translation by up to S/8 and cutout of size S/3.
 
-    The discriminator sees only augmented images and cannot memorise a small data set. Colours stay: captions name them.
+    The discriminator sees only augmented images and cannot memorise a small data set. Colours do not change, because
+    captions name them.
     """
     count, _, size, _ = images.shape
     device, max_shift, cut = images.device, size // 8, size // 3

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 
 NOISE_DIM = 64  # width of the noise
-CONDITION_DIM = 128  # width of a caption's condition
-VARIANCE_FLOOR = 0.02  # of the mean variance, added in whitening: directions with much less are mostly noise
+CONDITION_DIM = 128  # width of the conditioning vector
+VARIANCE_FLOOR = 0.02  # fraction of the mean variance, added in whitening: low-variance directions are noise
 
 leaky = partial(F.leaky_relu, negative_slope=0.2)
-upsample = partial(F.interpolate, scale_factor=2)  # nearest: the convolution that follows smooths
+upsample = partial(F.interpolate, scale_factor=2)  # nearest neighbour; the next convolution smooths
 
 
 def stage_channels(size, width):
@@ -82,7 +82,7 @@ class UpBlock(nn.Module):
 class DownBlock(nn.Module):
     """Residual block of the discriminator, scaled to preserve the variance; (B, C, S, S) -> (B, C', S/2, S/2).
 
-    DF-GAN's residual has a weight that starts at zero and stays small in short trainings; a discriminator that sees
+    DF-GAN's residual has a weight that starts at zero and stays small in short training runs; a discriminator that sees
     little more than averaged pixels accepts blurry images.
     """
 

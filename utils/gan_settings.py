@@ -1,4 +1,4 @@
-"""The settings of `python gan.py` and those recorded in <run>/gan. Imports no torch, so that `--help` is instant."""
+"""The settings of `python gan.py` and those recorded in <run>/gan. No torch import: `--help` is instant."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ from utils.runs import GAN_ARCHITECTURE
 
 SETTINGS = (*GAN_ARCHITECTURE, "gan_batch_size", "gan_lr", "gan_clip_weight", "seed")  # saved with a GAN
 RUN_SETTINGS = ("run", "resume", "image_path", "captions_path", "cache_path", "cache_images", "num_workers")
-RUN_SETTINGS += ("device", "precision")  # further flags of gan.py, by default those of the run
+RUN_SETTINGS += ("device", "precision")  # further flags of gan.py; default: the run's values
 
 
 def parse_gan_config(argv=None):
@@ -21,20 +21,20 @@ def parse_gan_config(argv=None):
     allowed = {*SETTINGS, *RUN_SETTINGS}
     given, _ = parse_flags(argv, "gan.py", "Train a text-conditional GAN for a trained CLIP (--run).", allowed)
     for name in sorted(given.keys() - allowed):
-        raise InputError(f"{name} is not a setting of the GAN, which has {', '.join(SETTINGS)}")
+        raise InputError(f"{name} is not a GAN setting; the GAN settings are {', '.join(SETTINGS)}")
     if not given.get("run"):
-        raise InputError("give the trained run: python gan.py --run runs/x")
+        raise InputError("pass the trained run: python gan.py --run runs/x")
     run = Path(given["run"])
     folder, given["run"] = run / "gan", run.as_posix()
     if not (run / "config.json").exists():
-        raise InputError(f"run is {run}, which contains no run: train one with python main.py")
+        raise InputError(f"run is {run}, which is not a run folder: train one with python main.py")
     saved = read_json(run / "config.json")
     started = any((folder / name).exists() for name in ("metrics.jsonl", "generator.safetensors"))
     # A GAN stopped before the end of its first epoch may be started again with other settings.
     if not (folder / "config.json").exists() or not (started or given.get("resume")):
         return build_config({**saved, **given})
     if not given.get("resume"):
-        raise InputError(f"{folder} already contains a GAN: give --resume to continue it, or remove that folder")
+        raise InputError(f"{folder} already contains a GAN: pass --resume to continue it, or remove that folder")
     settings = gan_settings(folder)
     if settings is None:
         raise InputError(f"{folder} contains a GAN trained jointly with CLIP, which cannot be continued alone")
@@ -49,7 +49,7 @@ def gan_settings(folder):
     path = Path(folder) / "config.json"
     settings = read_json(path).get("settings")
     if not isinstance(settings, dict | None):
-        raise InputError(f"{path} is damaged, its settings are {settings!r}: train the GAN again")
+        raise InputError(f"{path} is damaged (settings: {settings!r}): retrain the GAN")
     return settings and rename_settings(settings)
 
 
@@ -67,7 +67,7 @@ def conditioning_run(run):
 def check_split(gan_config, images, load_splits):
     """Raise InputError unless the training images of the GAN are among `images`, the training images of this run.
 
-    Without official split files another seed gives another split: the GAN would have seen test images of this run.
+    Without official split files another seed means another split: the GAN would have seen test images of this run.
     """
     try:
         others = sorted({*load_splits(gan_config)["train"].names} - {*images})
@@ -76,5 +76,5 @@ def check_split(gan_config, images, load_splits):
     if others:
         raise InputError(
             f"the GAN of gan_run was trained on {len(others)} images that are not training images here (such as "
-            f"{others[0]}): give the same data set and --seed {gan_config.seed}"
+            f"{others[0]}): use the same data set and pass --seed {gan_config.seed}"
         )

@@ -9,18 +9,18 @@ from utils.device import autocast
 
 
 def cached_backward(model, batches, generated, loss_function, amp_dtype, scaler):
-    """Add the gradient of the loss of all micro-batches together to the parameters; returns the loss.
+    """Accumulate the gradient of the loss over all micro-batches in the parameters; returns the loss.
 
     The micro-batches are encoded twice: first without gradient, for the embeddings and the gradient of the loss with
     respect to them; then with gradient, one at a time, to backpropagate it through the encoders. Dropout draws the
     same masks both times. The result is the exact gradient of the batch, including that of the temperature, if an
     embedding depends on its own sample alone. BatchNorm in training mode couples the samples of a micro-batch: then
-    it is the exact gradient of the loss with per-micro-batch statistics, and the running statistics move once per
+    it is the exact gradient of the loss with per-micro-batch statistics, and running statistics are updated once per
     step, by their mean over the micro-batches.
 
     Args:
-        batches: micro-batches of real images. generated: of generated images, which leave the running statistics of
-            BatchNorm alone.
+        batches: micro-batches of real images. generated: of generated images, which do not update the statistics of
+            BatchNorm.
         loss_function: (image_embeddings, text_embeddings) of all batches -> loss.
     """
     all_batches, device = [*batches, *generated], model.device
@@ -61,7 +61,7 @@ def batchnorm_layers(model):
 
 @contextlib.contextmanager
 def frozen_batchnorm_stats(model):
-    """Within the block BatchNorm normalises with batch statistics and leaves its running statistics alone."""
+    """Within the block BatchNorm normalises with batch statistics without updating its running statistics."""
     layers = batchnorm_layers(model)
     before = [(layer.momentum, layer.num_batches_tracked.clone()) for layer in layers]
     for layer in layers:
@@ -76,7 +76,7 @@ def frozen_batchnorm_stats(model):
 
 @contextlib.contextmanager
 def averaged_batchnorm_stats(model):
-    """Over several micro-batches the running statistics move once, by the mean of the micro-batches' statistics.
+    """Over several micro-batches the running statistics are updated once, by the mean of the micro-batches' statistics.
 
     Yields a function to call with the number of each micro-batch, from 1 on.
     """

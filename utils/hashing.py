@@ -1,4 +1,4 @@
-"""Hashes that show when a file or a saved model has changed; no torch."""
+"""Hashes that show when a file or a saved model has changed; does not import torch."""
 
 import contextlib
 import hashlib
@@ -8,7 +8,7 @@ from config import InputError
 from utils.files import read_json, write_json
 from utils.runs import model_folder
 
-PREPROCESSING_VERSION = 2  # of how an image becomes the input of a model: a change makes all embeddings outdated
+PREPROCESSING_VERSION = 2  # increased when preprocessing changes, which invalidates all embeddings
 
 
 def file_stat(file):
@@ -23,7 +23,7 @@ def content_hash(content):
 
 
 def model_hash(run):
-    """A hash of all that determines the embeddings of a run's saved model: weights, settings, tokenizer; 32 hex digits.
+    """A hash of whatever determines the embeddings of a run's saved model: weights, settings, tokenizer; 32 hex digits.
 
     The hash of the weights is cached beside them, because reading them takes longer than a search.
     """

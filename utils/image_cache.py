@@ -22,9 +22,9 @@ from utils.cli import progress_bar
 from utils.distributed import first_process_first, is_first_process
 from utils.files import atomic_write
 
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # 100 megapixels are no attack
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # a 100-megapixel photo is not an attack
 
-DECODER_VERSION = 2  # increased whenever `decode_image` returns other pixels: older caches are then rebuilt
+DECODER_VERSION = 2  # increased whenever `decode_image` returns different pixels, so older caches are rebuilt
 CHUNK_SIZE = 10_000  # images submitted to the decoding threads at once
 # Most damaged files raise OSError. The others: PNG and GIF chunks, EXIF data, palettes, and the AVIF decoder.
 DECODING_ERRORS = (OSError, EOFError, SyntaxError, ValueError, RuntimeError, LookupError, ArithmeticError)
@@ -81,9 +81,9 @@ class Cache(NamedTuple):
 
 
 def build_image_cache(files, resolution, folder, num_workers=4, show_progress=True):
-    """The `Cache` of the images, decoded only if no cache in the folder holds them all.
+    """The `Cache` of the images, decoded only if no cache in the folder contains all of them.
 
-    A file beside the pixels holds a digest of each image's path, size and modification time: a changed image requires
+    A file next to the pixels stores a digest of each image's path, size and modification time: a changed image requires
     a new cache, another split of the same images does not. Raises InputError for a full disk and unreadable images.
     """
     folder = Path(folder)
@@ -93,7 +93,7 @@ def build_image_cache(files, resolution, folder, num_workers=4, show_progress=Tr
     folder.mkdir(parents=True, exist_ok=True)
     needed, free = len(files) * resolution**2 * 3 / 1e9, shutil.disk_usage(folder).free / 1e9
     if needed > free:
-        advice = "give another --cache_path, or --no-cache_images"
+        advice = "pass another --cache_path, or --no-cache_images"
         raise InputError(f"the decoded images need {needed:.1f} GB in {folder}, which has {free:.1f} GB free: {advice}")
     paths = hashlib.sha256("\n".join(sorted(map(os.path.abspath, files))).encode("utf-8", "surrogateescape"))
     prefix = f"images-{resolution}-{paths.hexdigest()[:12]}"
@@ -145,7 +145,7 @@ def write_pixels(path, files, resolution, error_file, num_workers, show_progress
             errors[index] = str(error)
 
     bar = progress_bar(desc="decoding images", total=len(files), unit="image", disable=not show_progress)
-    # Threads suffice: decoding releases the interpreter's lock.
+    # Threads suffice: decoding releases the GIL.
     with bar, ThreadPoolExecutor(max(1, num_workers)) as pool:
         for start in range(0, len(files), CHUNK_SIZE):
             for _ in pool.map(decode, range(start, min(start + CHUNK_SIZE, len(files)))):
@@ -178,7 +178,7 @@ class ImageStore:
         return np.asarray(self.pixels[self.cache.rows[index]])
 
     def __getstate__(self):
-        """What a loader process receives: millions of names only if it has to decode."""
+        """What a loader process receives: the file names only if it has to decode."""
         return {**self.__dict__, "pixels": None, "files": self.files if self.cache is None else None}
 
 
@@ -204,7 +204,7 @@ class EvaluationImages(Dataset):
         except InputError as error:
             if self.failed is None:
                 raise
-            self.failed[position] = str(error)  # the reason
+            self.failed[position] = str(error)
             image = np.zeros((self.size, self.size, 3), np.uint8)
         return to_tensor(image)
 
@@ -222,7 +222,7 @@ def open_images(splits, config):
 
 
 def prepare_worker(_):
-    """Loader processes leave Ctrl-C to the main process and use one thread each."""
+    """Set up a loader process: Ctrl-C is left to the main process, and one thread is used."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     cv2.setNumThreads(1)
     torch.set_num_threads(1)

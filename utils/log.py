@@ -1,4 +1,4 @@
-"""What a training run prints and records: a line about data, device and model, the progress bar, a line per epoch."""
+"""Output of a training run: lines about device and model, the progress bar, a line per epoch."""
 
 import time
 from pathlib import Path
@@ -11,7 +11,7 @@ from utils.distributed import is_first_process, rank_and_world_size
 
 
 def describe_model(config, model, amp_dtype):
-    """One line each about the device and the model."""
+    """Two lines: the device and the model."""
     precision = "float32" if amp_dtype is None else f"mixed precision ({str(amp_dtype).removeprefix('torch.')})"
     device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else str(model.device)
     world_size = rank_and_world_size()[1]
@@ -87,5 +87,5 @@ def check_finite(loss, step):
     """Raise DivergenceError if the loss is not finite."""
     if not torch.isfinite(loss):
         raise DivergenceError(
-            f"the loss is {loss:.3f} at step {step}: lower the learning rates, or give --precision float32"
+            f"the loss is {loss:.3f} at step {step}: lower the learning rates, or pass --precision float32"
         )

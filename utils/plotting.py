@@ -13,11 +13,11 @@ from config import InputError
 from utils.image_cache import DECODING_ERRORS, to_upright_rgb
 
 matplotlib.rcParams["text.parse_math"] = False  # captions and file names may contain dollar signs
-warnings.filterwarnings("ignore", r"Glyph \d+", UserWarning)  # characters that the font lacks are drawn as boxes
+warnings.filterwarnings("ignore", r"Glyph \d+", UserWarning)  # characters missing from the font are drawn as boxes
 MATCH, WEAK = "limegreen", "lightgrey"  # colours of frames and bars
 MAX_ROWS = 60  # of a grid: matplotlib cannot draw much larger figures
 MAX_BARS = 20
-MAX_LENGTH, MIN_LENGTH = 320, 64  # pixels of a drawn image: its longer side, and its shorter side with padding
+MAX_LENGTH, MIN_LENGTH = 320, 64  # pixels of a plotted image: maximum of the longer, minimum of the shorter edge
 TIGHT = {"dpi": 80, "bbox_inches": "tight", "pad_inches": 0.15}
 
 
@@ -148,8 +148,8 @@ def plot_gan_samples(path, titles, rows, columns=2):
 
 def wrap_text(text, width, font_size):
     """The lines of a text that fit into `width` inches at a font size in points; existing line breaks are kept."""
-    num_letters, lines = int(width * 72 / (0.58 * font_size)), printable(text).split("\n")
-    return [part for line in lines for part in textwrap.wrap(line, num_letters, max_lines=4, placeholder=" ...")]
+    max_chars, lines = int(width * 72 / (0.58 * font_size)), printable(text).split("\n")
+    return [part for line in lines for part in textwrap.wrap(line, max_chars, max_lines=4, placeholder=" ...")]
 
 
 def printable(name):

@@ -23,7 +23,7 @@ DISTILBERT = "distilbert-base-uncased"
 PAPER_ENCODERS = {f"RN{size}": f"resnet{size}_clip" for size in ("50", "101", "50x4", "50x16", "50x64")}
 PAPER_ENCODERS |= {f"ViT-B/{patch}": f"vit_base_patch{patch}_clip_quickgelu_224" for patch in (32, 16)}
 PAPER_ENCODERS["ViT-L/14"] = "vit_large_patch14_clip_quickgelu_224"
-# The names of transformers' CLIP image encoder, replaced in this order by those of timm's ViT
+# Parameter names of transformers' CLIP image encoder, and timm's names that replace them, in this order
 CLIP_VIT_NAMES = {
     "embeddings.class_embedding": "cls_token",
     "embeddings.patch_embedding": "patch_embed.proj",
@@ -34,7 +34,7 @@ CLIP_VIT_NAMES = {
     "layer_norm": "norm",
     "self_attn.out_proj": "attn.proj",
 }
-NO_IMAGE_WEIGHTS = "--no-pretrained_image_encoder"
+NO_IMAGE_WEIGHTS = "pass --no-pretrained_image_encoder"
 # What timm, transformers and huggingface_hub raise for missing, damaged or unsuitable files, or without a network
 LOAD_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ImportError)
 LOAD_ERRORS += (SafetensorError, StrictDataclassError, HTTPError, pickle.UnpicklingError)
@@ -61,7 +61,7 @@ def read_image_config(name):
     config = transformers.CLIPConfig.from_pretrained(name).vision_config
     if config.hidden_act not in ("quick_gelu", "gelu") or config.layer_norm_eps != 1e-5:
         found = f"activation {config.hidden_act} and layer_norm_eps {config.layer_norm_eps}"
-        raise InputError(f"model_name is {name}, whose image encoder has {found}: give quick_gelu or gelu, and 1e-5")
+        raise InputError(f"model_name is {name}, whose image encoder has {found}: use quick_gelu or gelu, and 1e-5")
     model_args = {"patch_size": config.patch_size, "embed_dim": config.hidden_size, "depth": config.num_hidden_layers}
     model_args |= {"num_heads": config.num_attention_heads, "act_layer": config.hidden_act}
     model_args["mlp_ratio"] = config.intermediate_size / config.hidden_size
@@ -91,7 +91,7 @@ def resolve_timm_name(name):
             found = timm.get_pretrained_cfg(name, allow_unregistered=True)
         except RuntimeError:  # the model exists, but not the tag after the dot
             known = ", ".join(timm.list_pretrained(f"{architecture}.*")) or architecture
-            raise InputError(f"model_name is {name!r}, of which timm knows only {known}") from None
+            raise InputError(f"model_name is {name!r}, for which timm only has {known}") from None
         details = found.to_dict() if found else {}
     if details.get("tag") == "openai" and "quickgelu" not in architecture:
         # timm also offers OpenAI's ViT weights in a model with the exact GELU; they were trained with QuickGELU.
@@ -158,7 +158,7 @@ def load_text_config(name):
     if name == "transformer":  # 12 layers, 512 wide, 8 heads: the defaults too; 76 tokens as in the paper's section 2.4
         return transformers.CLIPTextConfig(max_position_embeddings=76)
     load = partial(transformers.AutoConfig.from_pretrained, name, trust_remote_code=False)
-    return load_local_or_hub(load, "text_encoder_model", name, f"--text_encoder_model {DISTILBERT}")
+    return load_local_or_hub(load, "text_encoder_model", name, f"pass --text_encoder_model {DISTILBERT}")
 
 
 def load_text_backbone(name):
@@ -166,7 +166,9 @@ def load_text_backbone(name):
     model_type = load_text_config(name).model_type
     clip_classes = {"clip": "CLIPModel", "clip_text_model": "CLIPTextModelWithProjection"}
     model_class = getattr(transformers, clip_classes.get(model_type, "AutoModel"))
-    model, missing = load_transformers_model(model_class, name, "text_encoder_model", "--no-pretrained_text_encoder")
+    model, missing = load_transformers_model(
+        model_class, name, "text_encoder_model", "pass --no-pretrained_text_encoder"
+    )
     if model_type not in clip_classes:
         return model, None
     if model_type == "clip_text_model" and missing == {"text_projection.weight"}:
@@ -184,13 +186,13 @@ def load_transformers_model(model_class, name, setting, alternative):
     return model, set(info["missing_keys"])
 
 
-def load_tokenizer(name, setting="text_tokenizer", alternative="--text_tokenizer wordpiece"):
+def load_tokenizer(name, setting="text_tokenizer", alternative="pass --text_tokenizer wordpiece"):
     """The Hugging Face tokenizer of a model by name or folder, padding on the right; raises InputError."""
     load = partial(transformers.AutoTokenizer.from_pretrained, name, trust_remote_code=False)
     tokenizer = load_local_or_hub(load, setting, name, alternative)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
-            raise InputError(f"{setting} is {str(name)!r}, which has no padding token: give another tokenizer")
+            raise InputError(f"{setting} is {str(name)!r}, which has no padding token: use another tokenizer")
         tokenizer.pad_token = tokenizer.eos_token  # masked, so any token will do
     tokenizer.padding_side = "right"  # `TextEncoder` relies on it
     return tokenizer
@@ -204,8 +206,8 @@ def check_missing(missing, name):
 def load_local_or_hub(load, setting, name, alternative, weights=None):
     """The result of `load()` from local files if possible, else from the hub; raises InputError.
 
-    Without a network the hub's client retries for up to a minute per file; here one short request decides. A folder
-    has to hold files that match `weights`: loading a pickle could run code.
+    Without a network the hub's client retries for up to a minute per file; here a short request comes first. A folder
+    must contain files that match `weights`: loading a pickle could run code.
     """
     is_folder, was_offline, failure = Path(name).is_dir(), constants.HF_HUB_OFFLINE, None
     if is_folder and weights and not list(Path(name).glob(weights)):
@@ -225,7 +227,7 @@ def load_local_or_hub(load, setting, name, alternative, weights=None):
             constants.HF_HUB_OFFLINE = was_offline
     problem = "could not be loaded from this folder" if is_folder else "was found neither locally nor on the hub"
     reason = (str(failure).strip().splitlines() or [type(failure).__name__])[0][:120]
-    advice = f"give a local folder that holds it, or {alternative}"
+    advice = f"use a local folder that contains it, or {alternative}"
     raise InputError(f"{setting} is {str(name)!r}, which {problem} ({reason}): {advice}") from failure
 
 

@@ -1,4 +1,4 @@
-"""Run folders, and the settings of a run; no torch."""
+"""Run folders, and the settings of a run; does not import torch."""
 
 import dataclasses
 import datetime
@@ -10,7 +10,7 @@ from utils.files import read_json
 from utils.flags import parse_flags
 
 # Settings that may differ when a run is resumed: they do not change what has been learned. (With the cosine
-# schedule another number of epochs changes the learning rates of the remaining ones.)
+# schedule a different number of epochs changes the learning rates of the remaining ones.)
 MAY_CHANGE = {"run", "resume", "gan_run", "gan_captions", "image_path", "captions_path", "cache_path", "cache_images"}
 MAY_CHANGE |= {"num_workers", "epochs", "save_every_minutes"}
 # Settings fixed by a trained GAN (`--gan_run`).
@@ -23,7 +23,7 @@ def newest_run(folder="runs", trained=False):
     found = sorted(Path(folder).glob(f"*/{marker}"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise InputError(
-            f"no {'trained run' if trained else 'run'} in {folder}/: give --run FOLDER, or train one: "
+            f"no {'trained run' if trained else 'run'} in {folder}/: pass --run FOLDER, or train one: "
             "python main.py --preset demo"
         )
     return Path(folder) / found[-1].relative_to(folder).parts[0]
@@ -69,9 +69,9 @@ def resolve_run(argv=None):
         sources |= dict.fromkeys(adopted, "GAN run")
     folder = Path(config.run or f"runs/{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}")
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"run is {folder}, which is not a folder: give another --run")
+        raise InputError(f"run is {folder}, which is not a folder: pass another --run")
     if (folder / "config.json").exists():
-        raise InputError(f"{folder} already contains a run: give --resume to continue it, or another --run")
+        raise InputError(f"{folder} already contains a run: pass --resume to continue it, or another --run")
     return dataclasses.replace(config, run=folder.as_posix()), sources
 
 
@@ -87,7 +87,7 @@ def resume_run(values):
 
 
 def adopt_gan_settings(config, flags):
-    """The config with the settings of the GAN in `config.gan_run`, and these; raises InputError for other flags."""
+    """The config with the settings of the GAN in `config.gan_run`, and those settings; InputError if flags conflict."""
     path = gan_run_folder(config.gan_run) / "gan" / "config.json"
     settings = (read_json(path).get("settings") or {}) if path.exists() else {}
     settings = {name: settings[name] for name in GAN_ARCHITECTURE if name in settings}

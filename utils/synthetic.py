@@ -73,7 +73,7 @@ def render_scene(scene, rng):
 
 
 def draw_shape(draw, shape, x, y, radius, color):
-    """Draw a shape of a radius in pixels around (x, y), with a darker outline."""
+    """Draw a shape with a radius in pixels, centred at (x, y), with a darker outline."""
     outline, width, thickness = tuple(value // 2 for value in color), max(2, int(radius / 10)), int(0.55 * radius)
     if shape == "ring":
         for r, fill, line in ((radius, outline, thickness), (radius - width, color, thickness - 2 * width)):
@@ -86,7 +86,7 @@ def generate_dataset(image_path, captions_path, train_images, validation_images=
     """Write the data set in Kaggle's layout with official-style split files; deterministic for a seed.
 
     No scene occurs twice. The captions file is written last: where it exists, the data set is complete and left
-    unchanged. Raises InputError for too many images and for a folder of other files.
+    unchanged. Raises InputError for too many images and for a folder with other files.
     """
     image_path, captions_path = Path(image_path), Path(captions_path)
     if captions_path.exists():
@@ -94,7 +94,7 @@ def generate_dataset(image_path, captions_path, train_images, validation_images=
     foreign = next((file.name for file in sorted(image_path.glob("[!.]*")) if not file.match("shapes_*.jpg")), None)
     if foreign is not None:
         found = f"captions_path is {captions_path}, which does not exist, and image_path {image_path}"
-        raise InputError(f"{found}, which contains {foreign}: give the captions file, or another --image_path")
+        raise InputError(f"{found}, which contains {foreign}: pass the captions file, or another --image_path")
     counts = {"train": train_images, "dev": validation_images, "test": test_images}
     scenes, total = all_scenes(), sum(counts.values())
     if total > len(scenes):

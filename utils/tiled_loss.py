@@ -1,6 +1,6 @@
 """The contrastive loss for large batches and several processes, exact and without the (B, T) similarity matrix.
 
-With s_ij = exp(t) <x_i, y_j>, an own caption j of image i has the loss -log(e^s_ij / (e^s_ij + sum of e^negatives)) =
+With s_ij = exp(t) <x_i, y_j>, a caption j of image i has the loss -log(e^s_ij / (e^s_ij + sum of e^negatives)) =
 softplus(logsumexp(negatives) - s_ij). Only the log-sum-exps of the negatives need the matrix. They are computed tile
 by tile with running maxima and sums (as in Inf-CLIP, Cheng et al. 2024, arXiv:2410.17243), and the backward pass
 recomputes each tile, so memory grows with B + T instead of B T.
@@ -19,9 +19,9 @@ LOWEST = -1e30  # in place of -inf, where inf - inf would be NaN
 
 
 def tiled_contrastive_loss(image_embeddings, text_embeddings, t, image_index, image_ids, weights, group=None):
-    """As `clip.contrastive_loss`, of float32 or float64 embeddings (B, D) and (T, D).
+    """Like `clip.contrastive_loss`, for float32 or float64 embeddings (B, D) and (T, D).
 
-    With a process group, each process passes its own images with their captions and gets its own rows' share: the
+    With a process group, each process passes its own images with their captions and gets the loss of its own rows: the
     losses of all processes, and their gradients, add up to those of the whole batch.
     """
     text_ids, own_weights = image_ids[image_index], weights[image_index]

@@ -86,7 +86,7 @@ def test_read_captions_skips_a_blank_caption_beside_others(tmp_path):
     [
         ("", "is empty"),
         (" \n\n", "is empty"),
-        ("image,caption\n", "holds no captions"),
+        ("image,caption\n", "contains no captions"),
         (b"image,caption\na.jpg,\xff\xfe\n", "cannot be read as UTF-8"),
         ("photo;text\na.jpg;dog\n", r"starts with \['photo;text'\].*`image` and `caption`"),
         ("x" * 200_000, "starts with"),
@@ -95,7 +95,7 @@ def test_read_captions_skips_a_blank_caption_beside_others(tmp_path):
         ('image,caption\na.jpg,"A dog\nb.jpg,A cat\n', "line 3 cannot be read as CSV"),
         ("a.jpg#0\tA dog\nb.jpg#0 A cat\n", "line 2: no tab"),
         ("image,caption\na.jpg,A dog\nb.jpg,\nc.jpg,\n", r"line 3: image 'b.jpg' has no caption \(1 more"),
-        ("image,caption\na.jpg," + "word " * 10_000, "line 2: a caption of 10,000 words .at most 1,000"),
+        ("image,caption\na.jpg," + "word " * 10_000, "line 2: caption has 10,000 words .at most 1,000"),
         ("image,caption\n,A dog\n", "line 2: the image name ''"),
     ],
 )
@@ -111,7 +111,7 @@ def test_read_captions_names_what_is_wrong(tmp_path, content, message):
     "name", ["../x.jpg", "/x.jpg", "a/../../x.jpg", r"..\x.jpg", r"C:\x.jpg", "C:x.jpg", r"\\s\x.jpg"]
 )
 def test_read_captions_refuses_an_image_name_outside_the_folder(tmp_path, name):
-    with pytest.raises(InputError, match="does not lie inside the image folder"):
+    with pytest.raises(InputError, match="is not inside the image folder"):
         read_captions(write(tmp_path / "captions.txt", f"image,caption\n{name},A dog\n"))
 
 
@@ -135,8 +135,8 @@ def test_read_caption_list_with_and_without_groups(tmp_path):
     ("content", "message"),
     [
         (None, "gan_captions is .*, which is not a file"),
-        ("", "holds 0 captions: give at least 2"),
-        ("A dog .\nA dog .\n", "holds 1 captions"),
+        ("", "contains 0 captions: at least 2 are needed"),
+        ("A dog .\nA dog .\n", "contains 1 captions"),
         (CSV, "a captions file with images"),
         (TOKEN, "a captions file with images"),
         (b"\xff\xfe\x00", "cannot be read as UTF-8"),

@@ -189,7 +189,7 @@ def test_run_stopped_before_its_first_step_says_so(tiny_config, monkeypatch, cap
     with pytest.raises(SystemExit) as exit:
         main.main(flags(tiny_config()))
     assert exit.value.code == 130
-    assert "stopped; before the first step" in capsys.readouterr().out
+    assert "stopped; no step was completed" in capsys.readouterr().out
 
 
 def test_runs_with_another_seed_differ(tiny_config, uninterrupted):

@@ -131,13 +131,13 @@ def test_killed_process_ends_the_run_with_a_message(tiny_config, tmp_path):
 
 def test_batch_size_too_small_for_the_processes_is_refused(tiny_config, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
-    with pytest.raises(InputError, match="batch_size is 8, for 8 processes: give at least 16"):
+    with pytest.raises(InputError, match="batch_size is 8, with 8 processes: use at least 16"):
         main.train(tiny_config())
 
 
 def test_device_for_one_process_is_refused_in_several(tiny_config, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="device is cuda:1, for 2 processes: give auto, cuda or cpu"):
+    with pytest.raises(InputError, match="device is cuda:1, but there are 2 processes: use auto, cuda or cpu"):
         main.train(tiny_config(device="cuda:1"))
 
 

@@ -1,5 +1,7 @@
 """Running an encoder over many images or captions."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from utils import embed
 from utils.embed import CaptionDataset, embed_captions, embed_split, encode_dataset, own_share, precompute_features
 
 CPU = torch.device("cpu")
+FROZEN = {"trainable": False, "text_tokenizer": "distilbert-base-uncased"}
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
@@ -69,6 +72,54 @@ def test_embed_split_equals_the_encoders_and_uses_precomputed_features(tiny_conf
     assert splits["train"].image_features.shape == (24, model.image_encoder.width)
     pairs.images = None  # no longer needed
     assert torch.allclose(embed_split(model, pairs, None, frozen)[0], images, atol=1e-6)
+
+
+def frozen_features(config, model):
+    """The number of images encoded by `precompute_features`, and the features of the validation split."""
+    splits, encoded = load_splits(config), []
+    open_images(splits, config)
+    hook = model.image_encoder.register_forward_pre_hook(lambda _, inputs: encoded.append(len(inputs[0])))
+    precompute_features(model, splits, None, config)
+    hook.remove()
+    return sum(encoded), splits["validation"].image_features, splits["validation"].text_features
+
+
+def test_precomputed_features_are_cached_until_weights_or_size_change(tiny_config, tiny_model, tmp_path):
+    config, model = tiny_config(pretrained=True, text_layers=0, text_width=0, **FROZEN), tiny_model()
+    number, images, texts = frozen_features(config, model)
+    assert number == 24 + 8
+    again = frozen_features(config, model)
+    assert again[0] == 0
+    assert torch.equal(again[1], images) and torch.equal(again[2], texts)
+    for file in (tmp_path / "cache").glob("features-*"):  # damaged: encoded again
+        file.write_bytes(b"not a safetensors file")
+    number, images, texts = frozen_features(config, model)
+    assert number == 32
+    with torch.no_grad():
+        next(model.image_encoder.parameters()).add_(1)
+    number, changed, same_texts = frozen_features(config, model)
+    assert number == 32 and torch.equal(same_texts, texts)
+    assert not torch.equal(changed, images)
+    features = {}
+    for size in (32, 40):
+        resized = tiny_model(size=size)
+        resized.load_state_dict(model.state_dict())
+        features[size] = frozen_features(dataclasses.replace(config, size=size), resized)
+    assert features[32][0] == 0 and features[40][0] == 32
+
+
+def test_captions_are_encoded_by_length_and_returned_in_order(tiny_config, tiny_model, monkeypatch):
+    config, model = tiny_config(pretrained=True, text_layers=0, text_width=0, **FROZEN), tiny_model()
+    lengths = []
+    collate = CaptionDataset.collate
+    monkeypatch.setattr(
+        CaptionDataset, "collate", lambda self, texts: lengths.append([len(t) for t in texts]) or collate(self, texts)
+    )
+    _, _, texts = frozen_features(config, model)
+    flat = [length for batch in lengths[-5:] for length in batch]  # 40 validation captions in batches of 8
+    assert flat == sorted(flat)
+    captions = load_splits(config)["validation"].captions
+    assert torch.allclose(model.project_text(texts), embed_captions(model, captions), atol=1e-6)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])

@@ -68,7 +68,7 @@ def test_write_json_writes_all_or_nothing(tmp_path):
         (None, r"x\.json does not exist"),
         (b'{"a": ', r"x\.json cannot be read as JSON"),
         (b"\xff\xfe\x00", r"x\.json cannot be read as JSON"),
-        (b"[1]", r"x\.json does not hold a JSON object"),
+        (b"[1]", r"x\.json does not contain a JSON object"),
     ],
 )
 def test_read_json_names_what_is_wrong(tmp_path, content, message):

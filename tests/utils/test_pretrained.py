@@ -42,12 +42,12 @@ def test_image_encoder_refuses_an_unsupported_size(name, size, good):
 
 
 def test_unknown_image_encoder_is_refused_with_suggestions():
-    with pytest.raises(InputError, match=r"model_name is 'resnet5'.*timm does not know.*RN50.*ViT-B/32"):
+    with pytest.raises(InputError, match=r"model_name is 'resnet5'.*is not a timm model.*RN50.*ViT-B/32"):
         build_image_encoder("resnet5", 32, False)
 
 
 def test_unknown_pretrained_tag_is_refused():
-    with pytest.raises(InputError, match=r"'resnet50_clip.nobody', of which timm knows only .*resnet50_clip\.openai"):
+    with pytest.raises(InputError, match=r"'resnet50_clip.nobody', for which timm only has .*resnet50_clip\.openai"):
         build_image_encoder("resnet50_clip.nobody", 32, False)
 
 
@@ -150,7 +150,7 @@ def test_openai_weights_at_another_size_have_resampled_positions(openai_rn50):
 
 def test_openai_weights_with_another_projection_dim_are_refused(openai_rn50, tiny_config, tokenizer):
     config = tiny_config(model_name=str(openai_rn50.folder), projection_dim=256, pretrained_image_encoder=True)
-    with pytest.raises(InputError, match="projection_dim is 256, but .*: give --projection_dim 1024"):
+    with pytest.raises(InputError, match="projection_dim is 256, but .*: pass --projection_dim 1024"):
         CLIP(config, tokenizer)
 
 
@@ -171,7 +171,7 @@ def test_paper_name_finds_openai_weights_in_the_local_cache(openai_rn50, tmp_pat
 
 @pytest.mark.parametrize("name", ["RN50", "RN101", "ViT-B/32", "ViT-B/16"])
 def test_paper_name_without_local_weights_is_refused(name):
-    with pytest.raises(InputError, match="neither locally nor on the hub .* or --no-pretrained_image_encoder"):
+    with pytest.raises(InputError, match="neither locally nor on the hub .* or pass --no-pretrained_image_encoder"):
         load_timm_state(f"{PAPER_ENCODERS[name]}.openai", PAPER_ENCODERS[name], 224, 512)
 
 
@@ -307,13 +307,13 @@ def test_clip_with_a_deeper_head_trains_it_from_scratch(tiny_clip, tiny_config):
 
 def test_clip_folder_with_another_projection_dim_is_refused(tiny_clip, tiny_config):
     config = tiny_config(**clip_settings(tiny_clip().folder, projection_dim=16))
-    with pytest.raises(InputError, match="projection_dim is 16, but .*: give --projection_dim 24"):
+    with pytest.raises(InputError, match="projection_dim is 16, but .*: pass --projection_dim 24"):
         CLIP(config, train_tokenizer(CAPTIONS))
 
 
 def test_encoders_of_two_different_clips_are_refused(openai_rn50, tiny_clip, tiny_config):
     settings = clip_settings(tiny_clip().folder, model_name=str(openai_rn50.folder))
-    with pytest.raises(InputError, match="1024 dimensions.* to 24: give the two encoders of one CLIP"):
+    with pytest.raises(InputError, match="1024 dimensions.* to 24: use the two encoders of one CLIP"):
         CLIP(tiny_config(**settings), train_tokenizer(CAPTIONS))
 
 

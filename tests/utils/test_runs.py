@@ -153,7 +153,7 @@ def test_newest_run_with_trained_ignores_untrained_runs():
             Path(f"runs/{name}/best/model.safetensors").write_bytes(b"")
             os.utime(f"runs/{name}/best/model.safetensors", (1e9 - number, 1e9 - number))
     assert newest_run(trained=True) == Path("runs/a")
-    with pytest.raises(InputError, match="no trained run in elsewhere/: give --run FOLDER, or train one"):
+    with pytest.raises(InputError, match="no trained run in elsewhere/: pass --run FOLDER, or train one"):
         newest_run("elsewhere", trained=True)
 
 
