@@ -107,8 +107,9 @@ def train(config):
         augmentation=build_gan_augmentation(model, splits["train"], amp_dtype, config, steps),
         loss_sum=torch.zeros((), device=device, dtype=torch.float32 if device.type == "mps" else torch.float64),
     )
+    resumed = load_checkpoint(state, folder)
     create_run_folder(folder, config)
-    if load_checkpoint(state, folder) and is_first_process() and state.epoch < config.epochs:
+    if resumed and is_first_process() and state.epoch < config.epochs:
         print(f"resuming {folder} at epoch {state.epoch + 1}, batch {state.batch}", flush=True)
 
     with stop_signals() as stop:

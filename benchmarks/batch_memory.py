@@ -32,7 +32,7 @@ DEFAULTS = {
 
 def main():
     flags, rows, plain = sys.argv[1:], [], None
-    settings = {**DEFAULTS, **parse_flags(flags)[0]}
+    settings = {**DEFAULTS, **parse_flags(flags, "batch_memory.py", __doc__.split("\n")[0])[0]}
     for number in BATCH_SIZES:
         found = in_fresh_process("measure", number, *flags)
         plain = plain or found["bytes"]
@@ -61,7 +61,7 @@ def measure(number, flags):
     from utils.captions import train_tokenizer
     from utils.device import setup_device
 
-    config = build_config({**DEFAULTS, **parse_flags(flags)[0]})
+    config = build_config({**DEFAULTS, **parse_flags(flags, "batch_memory.py", __doc__.split("\n")[0])[0]})
     device, amp_dtype = setup_device(config.device, config.precision)
     torch.manual_seed(0)
     model = CLIP(config, train_tokenizer([f"w{word} w{word}" for word in range(5000)]))

@@ -5,6 +5,8 @@ Those of the image encoders are computed from its depths, widths and resolutions
 the shared space. The models are built on the meta device, without memory for the weights.
 """
 
+import argparse
+
 from common import report
 
 # name: (blocks or layers, width, patch size in pixels or 0, embedding dimension, image size)
@@ -55,6 +57,8 @@ def count(module):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__.split("\n")[0].replace("`", "")).parse_args()
+
     import torch
 
     from modules import ProjectionHead, build_image_encoder, build_text_encoder

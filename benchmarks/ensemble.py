@@ -8,11 +8,13 @@ import argparse
 
 from common import report
 
+from utils.cli import exit_on_input_error
 
-def main():
+
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0].replace("`", ""))
     parser.add_argument("runs", nargs="+", help="run folders")
-    folders = parser.parse_args().runs
+    folders = parser.parse_args(argv).runs
 
     import torch
 
@@ -35,4 +37,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    exit_on_input_error(main)()

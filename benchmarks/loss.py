@@ -9,6 +9,7 @@ memory. Each image has one caption. "Memory" is what forward and backward add to
 the gradients of the embeddings, but not the embeddings.
 """
 
+import argparse
 import json
 import math
 import os
@@ -24,6 +25,7 @@ MAX_TILED_BYTES = 700e6  # that the tiled loss may add at the largest size
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__.split("\n")[0].replace("`", "")).parse_args()
     rows = []
     for number in SIZES:
         row = {"T": number, "one T x T matrix, MB": round(4 * number**2 / 1e6)}

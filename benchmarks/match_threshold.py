@@ -11,6 +11,8 @@ import argparse
 
 from common import report
 
+from utils.cli import exit_on_input_error
+
 GALLERY_SIZES = (10, 50, 200)
 
 
@@ -77,10 +79,10 @@ COLUMNS = (
 )
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0].replace("`", ""))
     parser.add_argument("runs", nargs="*", default=["runs/demo"], help="run folders (default: runs/demo)")
-    folders = parser.parse_args().runs
+    folders = parser.parse_args(argv).runs
 
     import numpy as np
     import torch
@@ -112,4 +114,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    exit_on_input_error(main)()

@@ -91,7 +91,8 @@ def test_startup_output_is_a_short_block(tiny_config, no_plots, capsys):
     assert "epochs" not in text and "preset" not in text
     assert block[-3] == "data: train 24 / validation 8 / test 10 images, 210 captions, official split files"
     assert block[-2] == "device: cpu, float32"
-    assert block[-1].startswith("model: test_resnet and distilbert-base-uncased, 0.")
+    names = "test_resnet (from scratch) and distilbert-base-uncased (1 layer, width 64, from scratch)"
+    assert block[-1].startswith(f"model: {names}, 0.")
     assert block[-1].endswith(" M parameters")
     assert len(block) <= 12
     assert "test split, 10 images:" in printed

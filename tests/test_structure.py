@@ -146,9 +146,9 @@ def test_the_seven_have_at_most_2400_lines():
     assert sum(sizes.values()) <= 2400, (sum(sizes.values()), sizes)
 
 
-def test_source_has_at_most_5700_lines():
+def test_source_has_at_most_5800_lines():
     sizes = {name: num_lines(name) for name in FILES}
-    assert sum(sizes.values()) <= 5700, (sum(sizes.values()), sizes)
+    assert sum(sizes.values()) <= 5800, (sum(sizes.values()), sizes)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -157,3 +157,14 @@ def test_functions_have_at_most_60_lines(name):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             size = node.end_lineno - node.lineno + 1
             assert size <= 60, f"{node.name} has {size} lines"
+
+
+def test_readme_tables_are_complete():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    header = None
+    for line, following in zip(lines, [*lines[1:], ""], strict=True):
+        if following.startswith("|---"):
+            header = line.count("|")
+        elif line.startswith("|") and not line.startswith("|---"):
+            assert line.count("|") == header, line
+        assert "_ROW" not in line and "_TIME" not in line

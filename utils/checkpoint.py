@@ -12,6 +12,7 @@ from utils.files import atomic_write, write_json
 from utils.log import check_finite
 
 POSITION = ("epoch", "batch", "step", "best_rsum", "history")
+OLD_NAMES = {"ema": "average", "augmentation": "generated"}  # of parts in checkpoints of earlier versions
 
 
 def create_run_folder(folder, config):
@@ -53,7 +54,7 @@ def load_checkpoint(state, folder):
     checkpoint = read_checkpoint(path, "a checkpoint of this run")
     try:
         for name, part in state.stateful_parts().items():
-            part.load_state_dict(checkpoint[name])
+            part.load_state_dict(checkpoint[name if name in checkpoint else OLD_NAMES.get(name, name)])
         for name in POSITION:
             setattr(state, name, checkpoint[name])
         state.loss_sum.copy_(checkpoint["loss_sum"])
@@ -61,7 +62,8 @@ def load_checkpoint(state, folder):
         if isinstance(error, InputError):
             raise
         reason = (str(error).splitlines() or [repr(error)])[0][:100]
-        raise InputError(f"{path} cannot be read as a checkpoint of this run and version ({reason})") from error
+        message = f"{path} cannot be read as a checkpoint of this run and version ({reason}): start a new run"
+        raise InputError(message) from error
     return True
 
 

@@ -28,12 +28,15 @@ class OneLineParser(argparse.ArgumentParser):
         words = message.split() if message.startswith("unrecognized") else []
         for unknown in [word.split("=")[0] for word in words if word.startswith("--")][:1]:
             flags = [flag for action in self._actions for flag in action.option_strings]
+            flags = [flag for flag in flags if flag.startswith("--no-") == unknown.startswith("--no-")]
             near = difflib.get_close_matches(unknown, flags, n=1)
             renamed = RENAMED.get(unknown.removeprefix("--"))
             if renamed:
                 message += f" (renamed to --{renamed})"
             else:
                 message += f" (did you mean {near[0]}?)" if near else " (see --help)"
+        if "invalid choice: 'best'" in message:
+            message += " (best was renamed to scratch)"
         raise InputError(message)
 
 
@@ -99,8 +102,9 @@ def format_config(config, sources):
     paragraphs = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if value != field.default and field.name != "run":
-            paragraphs.setdefault(sources.get(field.name, "saved run"), []).append(f"{field.name}={value}")
+        source = sources.get(field.name, "saved run")
+        if field.name not in ("run", "resume") and (value != field.default or source == "flag"):
+            paragraphs.setdefault(source, []).append(f"{field.name}={value}")
     lines = [f"run: {config.run}"]
     for source, settings in paragraphs.items():
         lines += textwrap.wrap(f"{source}: " + "  ".join(settings), 110, subsequent_indent="  ", break_on_hyphens=False)

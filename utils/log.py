@@ -18,7 +18,14 @@ def describe_model(config, model, amp_dtype):
     device += f" x {world_size} processes" if world_size > 1 else ""
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    model_line = f"{config.model_name} and {config.text_encoder_model}, {total / 1e6:.1f} M parameters"
+    names = []
+    for encoder, name in (("image", config.model_name), ("text", config.text_encoder_model)):
+        layers, width = (config.text_layers, config.text_width) if encoder == "text" else (0, 0)
+        details = [f"{layers} layer" + "s" * (layers > 1)] if layers else []
+        details += [f"width {width}"] if width else []
+        details.append("pretrained" if config.encoder_flag("pretrained", encoder) else "from scratch")
+        names.append(f"{name} ({', '.join(details)})")
+    model_line = f"{' and '.join(names)}, {total / 1e6:.1f} M parameters"
     model_line += f" ({trained / 1e6:.1f} M trained)" if trained < total else ""
     return f"device: {device}, {precision}\nmodel: {model_line}"
 

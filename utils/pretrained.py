@@ -13,6 +13,7 @@ from huggingface_hub.errors import HTTPError, StrictDataclassError
 from safetensors import SafetensorError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from timm.layers import resample_abs_pos_embed
+from transformers.utils import logging as transformers_logging
 
 from config import InputError
 from utils.files import read_json
@@ -181,6 +182,7 @@ def load_text_backbone(name):
 def load_transformers_model(model_class, name, setting, alternative):
     """A pretrained model by name or folder, and the set of parameter names that its files lack; raises InputError."""
     options = {"use_safetensors": True, "dtype": torch.float32, "trust_remote_code": False}
+    transformers_logging.disable_progress_bar()  # of loading weights, which takes a moment
     load = partial(model_class.from_pretrained, name, output_loading_info=True, **options)
     model, info = load_local_or_hub(load, setting, name, alternative, "*.safetensors")
     return model, set(info["missing_keys"])

@@ -89,7 +89,10 @@ def resume_run(values):
 def adopt_gan_settings(config, flags):
     """The config with the settings of the GAN in `config.gan_run`, and those settings; InputError if flags conflict."""
     path = gan_run_folder(config.gan_run) / "gan" / "config.json"
-    settings = (read_json(path).get("settings") or {}) if path.exists() else {}
+    if not path.exists():
+        hint = f"train one with python gan.py --run {config.gan_run}"
+        raise InputError(f"gan_run is {config.gan_run}, which contains no GAN: {hint}")
+    settings = read_json(path).get("settings") or {}
     settings = {name: settings[name] for name in GAN_ARCHITECTURE if name in settings}
     for name, value in settings.items():
         if name in flags and getattr(config, name) != value:

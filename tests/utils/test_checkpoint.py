@@ -262,13 +262,29 @@ def test_damaged_checkpoint_is_refused(trained_run, tmp_path, refused):
         assert "last.pt cannot be read as a checkpoint of this run" in refused(main.main, argv)
 
 
-def test_checkpoint_of_an_earlier_version_is_refused_with_one_line(uninterrupted, tmp_path, refused):
+def test_checkpoint_with_the_names_of_an_earlier_version_is_resumed(uninterrupted, tmp_path):
+    weights = []
+    for name in ("new", "old"):
+        run = shutil.copytree(uninterrupted, tmp_path / name)
+        if name == "old":
+            checkpoint = torch.load(run / "last.pt", weights_only=True)
+            checkpoint["average"], checkpoint["generated"] = checkpoint.pop("ema"), None
+            torch.save(checkpoint, run / "last.pt")
+        main.main(["--resume", "--run", str(run), "--epochs", "4", "--cache_path", str(tmp_path / "cache")])
+        weights.append(torch.load(run / "last.pt", weights_only=True)["ema"])
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_refused_resume_leaves_the_run_unchanged(uninterrupted, tmp_path, refused):
     run = shutil.copytree(uninterrupted, tmp_path / "copy")
     checkpoint = torch.load(run / "last.pt", weights_only=True)
-    checkpoint["average"], checkpoint["generated"] = checkpoint.pop("ema"), None
+    del checkpoint["ema"]
     torch.save(checkpoint, run / "last.pt")
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
     line = refused(main.main, ["--resume", "--run", run, "--epochs", "4", "--cache_path", tmp_path / "cache"])
-    assert "last.pt cannot be read as a checkpoint of this run and version ('ema')" in line
+    assert "last.pt cannot be read as a checkpoint of this run and version ('average'): start a new run" in line
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
 
 
 def test_checkpoint_of_another_model_is_refused(trained_run, tmp_path, refused, tiny_config):

@@ -20,7 +20,7 @@ from utils.distributed import (
     row_counts,
     rows_before,
 )
-from utils.files import read_json
+from utils.files import read_json, write_json
 
 pytestmark = pytest.mark.usefixtures("no_plots")
 
@@ -144,6 +144,7 @@ def test_device_for_one_process_is_refused_in_several(tiny_config, monkeypatch):
 @pytest.mark.parametrize("argv", [["--gan", "joint", "--gan_run", "x"], ["--gan", "pairs"]])
 def test_gan_training_in_several_processes_is_refused(refused, monkeypatch, argv):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    write_json("x/gan/config.json", {})
     line = refused(main.main, argv)
     assert f"gan is {argv[1]} in several processes" in line
     assert "python gan.py --run" in line

@@ -177,3 +177,16 @@ def test_format_config_marks_the_settings_of_a_saved_run():
 
 def test_format_config_of_the_defaults_is_one_line():
     assert format_config(Config(run="x"), {}) == "run: x"
+
+
+def test_format_config_shows_a_flag_that_restores_a_default():
+    values, sources = parse_flags(["--preset", "demo", "--batch_size", "32"])
+    assert "flag: batch_size=32" in format_config(build_config({**values, "run": "x"}), sources).splitlines()
+
+
+def test_renamed_preset_and_hidden_flags_in_errors():
+    with pytest.raises(InputError, match="best was renamed to scratch"):
+        parse_flags(["--preset", "best"])
+    with pytest.raises(InputError) as error:
+        parse_flags(["--nosuch", "1"])
+    assert "--no-" not in str(error.value)

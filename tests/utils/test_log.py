@@ -19,7 +19,8 @@ def test_describe_model_counts_trained_parameters(tiny_model):
     device, line = describe_model(model.config, model, None).splitlines()
     assert device == "device: cpu, float32"
     total = sum(p.numel() for p in model.parameters()) / 1e6
-    assert line == f"model: test_resnet and distilbert-base-uncased, {total:.1f} M parameters"
+    names = "test_resnet (from scratch) and distilbert-base-uncased (1 layer, width 64, from scratch)"
+    assert line == f"model: {names}, {total:.1f} M parameters"
     model.requires_grad_(False)
     device, line = describe_model(model.config, model, torch.bfloat16).splitlines()
     assert device == "device: cpu, mixed precision (bfloat16)"
