@@ -47,6 +47,7 @@ from utils.files import write_json
 from utils.flags import format_config
 from utils.grad_cache import cached_backward, frozen_batchnorm_stats
 from utils.log import describe_model, epoch_bar, log_epoch, log_step
+from utils.match_rates import save_match_threshold
 from utils.plotting import plot_curves, plot_matches
 from utils.synthetic import generate_dataset
 
@@ -343,8 +344,6 @@ def report(state, splits, config, device, amp_dtype):
         write_json(folder / "results.json", results)
         plot_curves(state.history, folder / "curves.png")
         plot_matches(pairs, images, texts, folder / "matches.png")
-        from extras.match_threshold import save_match_threshold
-
         save_match_threshold(folder, splits["validation"], *validation)  # so that a search needs no validation images
         print(f"\n{split} split, {results['images']:,} images:\n{format_metrics(metrics)}")
         print(f"model, curves.png and matches.png are in {folder}")

@@ -29,9 +29,9 @@ def decision_rates(scores, matches, threshold):
 def split_scores(runs, split):
     """Mean cosines (T, N) of a split's captions and images, which of them match (T, N), and the `Pairs`."""
     from dataset import load_splits
-    from extras.match_threshold import matching_pairs
     from inference import embed_images
     from utils.embed import embed_captions
+    from utils.match_rates import matching_pairs
 
     pairs = load_splits(runs[0].model.config)[split]
     scores = sum(embed_captions(run.model, pairs.captions) @ embed_images(run.model, pairs.files).T for run in runs)

@@ -8,17 +8,11 @@ import pytest
 import torch
 
 from dataset import load_splits, make_pairs
-from extras.match_threshold import (
-    GRID,
-    choose_threshold,
-    fit_rates,
-    load_match_rates,
-    matching_pairs,
-    save_match_threshold,
-)
+from extras.match_threshold import choose_threshold, load_match_rates
 from extras.search_index import open_run
 from inference import embed_images
 from utils.embed import embed_captions
+from utils.match_rates import GRID, fit_rates, matching_pairs, save_match_threshold
 
 
 def test_matching_pairs_include_equal_captions_of_other_images():
