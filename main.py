@@ -15,7 +15,6 @@ if __name__ == "__main__":
     exit_on_input_error(resolve_run)()  # before the heavy imports, so that --help and flag errors return at once
 
 import torch
-from timm.utils import ModelEmaV3
 
 from clip import CLIP, contrastive_loss, format_metrics, load_model, retrieval_metrics, save_model
 from config import InputError
@@ -42,6 +41,7 @@ from utils.distributed import (
     process_group,
     rank_and_world_size,
 )
+from utils.ema import EMA
 from utils.embed import embed_split, precompute_features
 from utils.files import write_json
 from utils.flags import format_config
@@ -57,7 +57,7 @@ class TrainState:
     """The mutable state of training, and the position in the run."""
 
     model: CLIP
-    ema: ModelEmaV3 | None
+    ema: EMA | None
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler
@@ -101,7 +101,7 @@ def train(config):
     optimizer = build_optimizer(model, config)
     state = TrainState(
         model=model,
-        ema=build_ema(model, config.ema_decay) if config.ema_decay else None,
+        ema=EMA(model, config.ema_decay) if config.ema_decay else None,
         optimizer=optimizer,
         scheduler=build_scheduler(optimizer, config, steps),
         scaler=torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16),
@@ -173,7 +173,7 @@ def train_one_epoch(state, sampler, loader, config, amp_dtype, stop):
             if config.scheduler == "cosine":
                 state.scheduler.step()
             if state.ema:
-                state.ema.update(model, state.step + 2)  # timm counts from 1 and only copies at 1
+                state.ema.update(model, state.step)
             if state.augmentation:
                 state.augmentation.train_step(model, image_ids, state.step, progress)
 
@@ -267,12 +267,6 @@ def build_scheduler(optimizer, config, steps):
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def build_ema(model, decay):
-    """The EMA of the weights; its decay grows as (1 + step) / (10 + step), so the initial weights fade quickly."""
-    ema = ModelEmaV3(model, decay, use_warmup=True, warmup_gamma=9, warmup_power=1.0)
-    return ema.requires_grad_(False)
-
-
 def build_gan_augmentation(model, pairs, amp_dtype, config, steps):
     """The generated pairs that `--gan` adds to the batches, or None."""
     if config.gan == "none":
@@ -337,7 +331,9 @@ def report(state, splits, config, device, amp_dtype):
     pairs = splits[split]
     best = first_process_first(lambda: load_model(folder / "best", device))  # written by the first process
     images, texts = embed_split(best, pairs, amp_dtype, config)
-    validation = embed_split(best, splits["validation"], amp_dtype, config)
+    validation = (images, texts)
+    if split != "validation":
+        validation = embed_split(best, splits["validation"], amp_dtype, config)
     metrics = retrieval_metrics(images, texts, pairs.image_index, num_draws=1000)
     results = {"split": split, "images": len(pairs.files), **metrics}
     if is_first_process():

@@ -143,7 +143,7 @@ def build_state(model, config, amp_dtype, pairs=None, steps=1):
     optimizer = main.build_optimizer(model, config)
     return main.TrainState(
         model=model,
-        ema=main.build_ema(model, config.ema_decay) if config.ema_decay else None,
+        ema=main.EMA(model, config.ema_decay) if config.ema_decay else None,
         optimizer=optimizer,
         scheduler=main.build_scheduler(optimizer, config, steps),
         scaler=torch.amp.GradScaler(model.device.type, enabled=amp_dtype == torch.float16),

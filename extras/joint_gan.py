@@ -24,12 +24,12 @@ that, at the images, the gradient of the second term of phi is `gan_clip_weight`
 from functools import partial
 
 import torch
-from timm.utils import ModelEmaV3
 
 from config import InputError
 from dataset import SIDED, TokenStore, pad_tokens
 from gan import GAN, GANAugmentation, clip_guidance
 from utils.device import autocast
+from utils.ema import EMA
 from utils.gan_data import GANData, load_checkpoint, save_generator
 from utils.gan_settings import gan_settings
 from utils.runs import relative_path
@@ -53,13 +53,13 @@ class JointGAN(GANAugmentation):
         self.gan.generator_optimizer.param_groups[0]["lr"] = config.gan_lr  # not the checkpoint's learning rate
         self.gan.discriminator_optimizer.param_groups[0]["lr"] = 2 * config.gan_lr
         self.generator = self.gan.ema
-        self.ema = ModelEmaV3(model, CLIP_EMA_DECAY, use_warmup=True, warmup_gamma=9, warmup_power=1.0)
-        self.clip_ema = self.ema.module.requires_grad_(False)
+        self.ema = EMA(model, CLIP_EMA_DECAY)
+        self.clip_ema = self.ema.module
         self.training_tokens = TokenStore(model.tokenizer, pairs.captions, model.max_length)
 
     def train_step(self, model, image_ids, step, progress):
         """Update the EMA of CLIP and, while generated pairs are added, train the GAN on images of CLIP's last batch."""
-        self.ema.update(model, step + 2)  # timm counts from 1 and only copies at 1
+        self.ema.update(model, step)
         if not self.is_active(progress):  # early on, CLIP cannot yet guide the generator
             return
         batch = self.data.batch(image_ids.to(self.device)[: self.config.gan_batch_size])

@@ -21,7 +21,8 @@ import main
 import modules
 from config import PRESETS, DivergenceError, build_config
 from dataset import derive_seed, load_splits
-from main import build_ema, build_optimizer, build_scheduler
+from main import build_optimizer, build_scheduler
+from utils.ema import EMA
 from utils.files import read_json
 
 METRICS = {f"{way}_R@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
@@ -300,13 +301,13 @@ def test_cosine_schedule_warms_up_and_ends_at_zero(tiny_config):
 def test_ema_follows_the_weights_with_a_growing_decay():
     """Called as in `train_one_epoch`; buffers are averaged, counters copied."""
     model = torch.nn.BatchNorm1d(3)
-    ema = build_ema(model, 0.7)
+    ema = EMA(model, 0.7)
     expected, mean = model.weight.detach().clone(), model.running_mean.clone()
     for step in range(40):
         torch.nn.init.normal_(model.weight)
         torch.nn.init.normal_(model.running_mean)
         model.num_batches_tracked += 1
-        ema.update(model, step + 2)
+        ema.update(model, step)
         decay = min(0.7, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * model.weight.detach()
         mean = decay * mean + (1 - decay) * model.running_mean

@@ -98,14 +98,15 @@ def cached_features(model, pairs, encoder, amp_dtype, config, desc=None):
 
 
 def features_hash(model, pairs, encoder, amp_dtype):
-    """A hash of all that determines the features of a split: weights, preprocessing, precision, images or captions."""
-    module, config = getattr(model, f"{encoder}_encoder"), model.config
-    parts = [f"{type(module.backbone).__name__} {config.size} {module.__dict__.get('pooling')} {amp_dtype}".encode()]
+    """A hash of all that determines the features of a split: model config, weights, precision, images or tokens."""
+    module = getattr(model, f"{encoder}_encoder")
     if encoder == "image":
+        parts = [f"{model.image_config} {model.config.size} {amp_dtype}".encode()]
         parts += [file_digest(file) for file in pairs.files]
     else:
-        parts += [f"{model.max_length} {caption}".encode() for caption in pairs.captions]
-        parts.append(str(sorted(model.tokenizer.get_vocab().items())).encode())
+        tokens = model.tokenizer(pairs.captions, truncation=True, max_length=model.max_length)["input_ids"]
+        parts = [f"{sorted(module.model_config.items(), key=str)} {module.pooling} {amp_dtype}".encode()]
+        parts += [str(ids).encode() for ids in tokens]
     whole = hashlib.blake2b(digest_size=16)
     for part in parts:
         whole.update(len(part).to_bytes(4, "little") + part)
@@ -122,7 +123,7 @@ def encode_split(model, pairs, encoder, function, amp_dtype, config, desc=None):
     if encoder == "image":
         dataset = EvaluationImages(pairs.images, own, config.size)
         workers = 0 if pairs.images.cache else config.num_workers
-        batch_size = CPU_IMAGES if model.device.type == "cpu" else batch_size
+        batch_size = image_batch_size(model.device, batch_size)
         found = encode_dataset(function, dataset, model.device, amp_dtype, batch_size, workers, desc)
     else:  # captions of similar length together, so that little padding is encoded
         order = sorted(own, key=lambda caption: len(pairs.captions[caption]))
@@ -132,6 +133,11 @@ def encode_split(model, pairs, encoder, function, amp_dtype, config, desc=None):
         )
         found = found[torch.tensor(order, device=found.device).argsort()]
     return all_gather_rows(found, process_group())
+
+
+def image_batch_size(device, batch_size):
+    """The number of images to encode at once: `batch_size`, or the fastest on a CPU."""
+    return min(batch_size, CPU_IMAGES) if device.type == "cpu" else batch_size
 
 
 def own_share(number):

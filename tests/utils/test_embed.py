@@ -7,7 +7,15 @@ import torch
 
 from dataset import load_splits, open_images
 from utils import embed
-from utils.embed import CaptionDataset, embed_captions, embed_split, encode_dataset, own_share, precompute_features
+from utils.embed import (
+    CaptionDataset,
+    embed_captions,
+    embed_split,
+    encode_dataset,
+    features_hash,
+    own_share,
+    precompute_features,
+)
 
 CPU = torch.device("cpu")
 FROZEN = {"trainable": False, "text_tokenizer": "distilbert-base-uncased"}
@@ -106,6 +114,28 @@ def test_precomputed_features_are_cached_until_weights_or_size_change(tiny_confi
         resized.load_state_dict(model.state_dict())
         features[size] = frozen_features(dataclasses.replace(config, size=size), resized)
     assert features[32][0] == 0 and features[40][0] == 32
+
+
+def test_features_hash_depends_on_all_that_determines_the_features(tiny_config, tiny_model):
+    pairs = load_splits(tiny_config())["validation"]
+    model = tiny_model()
+
+    def hashes(**changes):
+        other = tiny_model(**changes)
+        with torch.no_grad():  # the same weights
+            for own, new in zip(other.parameters(), model.parameters(), strict=True):
+                own.copy_(new)
+        return [features_hash(other, pairs, encoder, None) for encoder in ("image", "text")]
+
+    image, text = hashes()
+    assert hashes() == [image, text]
+    assert features_hash(model, pairs, "image", torch.bfloat16) != image
+    assert hashes(text_pooling="cls")[0] == image and hashes(text_pooling="cls")[1] != text
+    assert hashes(max_length=5)[1] != text  # truncated captions
+    model.image_config = {**model.image_config, "mean": [0, 0, 0]}
+    assert features_hash(model, pairs, "image", None) != image
+    pairs.captions[0] += " star"
+    assert features_hash(model, pairs, "text", None) != text
 
 
 def test_captions_are_encoded_by_length_and_returned_in_order(tiny_config, tiny_model, monkeypatch):
