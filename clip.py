@@ -4,17 +4,17 @@ Shapes: B images with T captions, L tokens, F width of an encoder, D width of th
 """
 
 import math
-from dataclasses import asdict, fields
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from config import Config, InputError, build_config, rename_settings
+from config import InputError, build_config
 from modules import (
     ImageEncoder,
     ProjectionHead,
@@ -24,9 +24,12 @@ from modules import (
     build_text_encoder,
 )
 from utils.bootstrap import bootstrap_intervals
+from utils.cli import one_line
 from utils.files import atomic_write, read_json, write_json
+from utils.model_checks import check_encoders
 from utils.pretrained import load_tokenizer
 from utils.runs import model_folder
+from utils.saved_model import build_empty, check_files, checked_content, read_header, read_tensors
 from utils.tiled_loss import tiled_contrastive_loss
 
 MAX_LOGIT_SCALE = math.log(100)  # section 2.5: similarities are multiplied by at most 100
@@ -105,6 +108,15 @@ class CLIP(nn.Module):
         return self.project_text(self.text_encoder(input_ids, attention_mask))
 
     @property
+    def saved_config(self):
+        """The content of config.json, from which the model is rebuilt."""
+        return {
+            "settings": asdict(replace(self.config, resume=False)),
+            "image_encoder": self.image_config,
+            "text_encoder": self.text_encoder.model_config,
+        }
+
+    @property
     def device(self):
         return self.logit_scale.device
 
@@ -114,11 +126,15 @@ class CLIP(nn.Module):
         return min(self.config.max_length, self.text_encoder.max_tokens)
 
     def train(self, mode=True):
-        """Set training mode; frozen encoders stay in evaluation mode."""
+        """Set training mode; frozen encoders and frozen BatchNorm layers stay in evaluation mode."""
         super().train(mode)
         for encoder in ("image", "text"):
             if not self.config.encoder_flag("trainable", encoder):
                 getattr(self, f"{encoder}_encoder").eval()
+        if self.config.freeze_batchnorm:
+            for module in self.image_encoder.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
         return self
 
     @torch.no_grad()
@@ -283,12 +299,7 @@ def save_model(model, folder):
     if not (folder / "config.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
         model.tokenizer.save_pretrained(folder / "tokenizer")
-    content = {
-        "settings": asdict(model.config),
-        "image_encoder": model.image_config,
-        "text_encoder": model.text_encoder.model_config,
-    }
-    write_json(folder / "config.json", content)
+    write_json(folder / "config.json", model.saved_config)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with atomic_write(folder / "model.safetensors") as temporary:
         save_file(state, temporary, metadata={"format": "pt"})
@@ -297,43 +308,30 @@ def save_model(model, folder):
 def read_saved_model(folder):
     """The folder of a run's saved model (best/, or the folder itself) and its config.json; raises InputError."""
     folder = model_folder(folder)
-    for name in ("config.json", "model.safetensors", "tokenizer"):
-        if not (folder / name).exists():
-            raise InputError(f"{folder} is not a trained run: {name} is missing")
+    check_files(folder)
     content = read_json(folder / "config.json")
-    content["settings"] = rename_settings(content.get("settings") or {})
-    for part, names in (
-        ("settings", [field.name for field in fields(Config)]),
-        ("image_encoder", ["architecture", "mean", "std"]),
-        ("text_encoder", ["model_type"]),
-    ):
-        for name in names:
-            if name not in (content.get(part) or {}):
-                raise InputError(f"{folder / 'config.json'} lacks {part}.{name}: was it saved by another version?")
-    return folder, content
+    try:
+        return folder, checked_content(content)
+    except InputError as error:
+        raise InputError(f"{folder / 'config.json'}: {error}") from None
 
 
 def load_model(folder, device="cpu"):
     """The CLIP saved in `folder` (a run, or its best/), in evaluation mode; raises InputError.
 
-    Reads only JSON, a tokenizer file and safetensors, none of which can execute code.
+    Reads only JSON, a tokenizer file and safetensors, none of which can execute code, and never contacts the hub.
     """
     folder, content = read_saved_model(folder)
+    path, tokenizer = folder / "model.safetensors", load_tokenizer(folder / "tokenizer")
+    header = read_header(path)
     try:
-        state = load_file(folder / "model.safetensors")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{folder / 'model.safetensors'} is not a safetensors file ({error})") from None
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    try:
-        model = CLIP(build_config(content["settings"]), tokenizer, saved=content)
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{folder / 'config.json'} does not describe a model that can be built ({error})") from error
-    own = model.state_dict()
-    for name in [*own, *state]:
-        if name not in state or name not in own or own[name].shape != state[name].shape:
-            problem = (
-                "lacks the" if name not in state else "has an unknown" if name not in own else "has a wrongly shaped"
-            )
-            raise InputError(f"{folder / 'model.safetensors'} {problem} tensor {name}")
-    model.load_state_dict(state)
+        config = build_config(content["settings"])
+        model = build_empty(lambda: CLIP(config, tokenizer, saved=content), header)
+        model.load_state_dict(read_tensors(path), assign=True)
+        check_encoders(model.eval())
+    except InputError as error:
+        raise InputError(f"{folder / 'config.json'}: {error}") from error
+    except Exception as error:  # what timm and transformers raise for sizes that do not go together
+        message = f"{folder / 'config.json'} does not describe a model that can be built ({one_line(error)})"
+        raise InputError(message) from error
     return model.to(device).eval()

@@ -65,12 +65,15 @@ class Config:
     trainable: bool = setting(True, "train both encoders; false: train only the heads, on precomputed features")
     trainable_image_encoder: bool | None = setting(None, "trainable, for the image encoder only; none: as trainable")
     trainable_text_encoder: bool | None = setting(None, "trainable, for the text encoder only; none: as trainable")
+    freeze_batchnorm: bool = setting(False, "keep the BatchNorm statistics of the image encoder while it is trained")
     num_projection_layers: int = setting(1, "layers of each projection head; 1: linear, as in the paper", 1, 8)
     projection_dim: int = setting(256, "width of the shared embedding space", 2, 8192)
     dropout: float = setting(0.1, "dropout in the projection heads", 0, 0.9)
 
     # ---- optimisation -----------------------------------------------------------------------------------------
     epochs: int = setting(1, "number of epochs; each shows every (image, caption) pair once", 1, 100_000)
+    head_epochs: int = setting(0, "train only the projection heads first, for this many epochs, with the settings of "
+                               "preset frozen (LP-FT); 0: no", 0, 100_000)
     batch_size: int = setting(32, "images per step, summed over all processes", 2, 2**24)
     micro_batch_size: int = setting(0, "images encoded at once (gradient caching); 0: the whole batch", 0, 2**24)
     image_encoder_lr: float = setting(1e-4, "learning rate of the image encoder", 0, 1)
@@ -141,6 +144,12 @@ PRESETS = {
     "frozen": {
         "trainable": False, "captions_per_image": 5, "epochs": 40, "batch_size": 256, "head_lr": 2e-3, "dropout": 0.5,
         "scheduler": "cosine", "warmup_steps": 50,
+    },
+    # LP-FT: heads on frozen encoders first, then both encoders at low learning rates.
+    "finetune": {
+        "head_epochs": 40, "freeze_batchnorm": True, "captions_per_image": 5, "epochs": 8, "batch_size": 64,
+        "image_encoder_lr": 1e-4, "text_encoder_lr": 2e-5, "head_lr": 1e-4, "dropout": 0.5, "scheduler": "cosine",
+        "warmup_steps": 50,
     },
     # Flickr8k from scratch in ten minutes on two CPU cores; tuned on the validation images. CBOW is as good as a
     # Transformer there and costs almost nothing, so five captions per image cost little more than one.

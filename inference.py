@@ -82,7 +82,7 @@ from clip import format_metrics, load_model, retrieval_metrics
 from dataset import EvaluationImages, ImageStore, captions_by_image, check_files, make_pairs
 from utils.captions import read_captions
 from utils.device import setup_device
-from utils.embed import embed_captions, encode_dataset, image_batch_size
+from utils.embed import embed_captions, encode_dataset, fast_image_encoder, image_batch_size
 from utils.image_cache import storage_resolution
 from utils.plotting import MATCH, WEAK, plot_bars, plot_grid, report_plot
 from utils.runs import newest_run
@@ -98,8 +98,10 @@ def embed_images(model, image_files, batch_size=64, amp_dtype=None, desc="embedd
     size = model.config.size
     store = ImageStore([Path(file) for file in image_files], storage_resolution(size))
     images = EvaluationImages(store, range(len(store)), size, failed)
-    batch_size = image_batch_size(model.device, batch_size)
-    return encode_dataset(model.encode_image, images, model.device, amp_dtype, batch_size, desc=desc)
+    batch_size, encoder = image_batch_size(model.device, batch_size), fast_image_encoder(model, len(store), amp_dtype)
+    return encode_dataset(
+        lambda batch: model.project_image(encoder(batch)), images, model.device, amp_dtype, batch_size, desc=desc
+    )
 
 
 def find_matches(model, image_embeddings, query, image_filenames, n=9):

@@ -4,7 +4,7 @@ import math
 import os
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +17,7 @@ if __name__ == "__main__":
 import torch
 
 from clip import CLIP, contrastive_loss, format_metrics, load_model, retrieval_metrics, save_model
-from config import InputError
+from config import PRESETS, InputError
 from dataset import (
     PairSampler,
     TokenStore,
@@ -46,8 +46,9 @@ from utils.embed import embed_split, precompute_features
 from utils.files import write_json
 from utils.flags import format_config
 from utils.grad_cache import cached_backward, frozen_batchnorm_stats
-from utils.log import describe_model, epoch_bar, log_epoch, log_step
+from utils.log import describe_model, epoch_bar, log_epoch, log_step, print_once
 from utils.match_rates import save_match_threshold
+from utils.model_checks import check_model
 from utils.plotting import plot_curves, plot_matches
 from utils.synthetic import generate_dataset
 
@@ -86,13 +87,13 @@ class TrainState:
 
 def train(config):
     """Train from the last checkpoint, if there is one, and evaluate the best model; returns the final results."""
-    config = init_processes(config)
     device, amp_dtype = setup_device(config.device, config.precision)
     folder = Path(config.run)
     splits = load_data(config)
     model = build_model(config, splits["train"].captions, device)
-    if is_first_process():
-        print(describe_splits(config, splits), describe_model(config, model, amp_dtype), sep="\n", flush=True)
+    print_once(describe_splits(config, splits), describe_model(config, model, amp_dtype))
+    if config.head_epochs and not (folder / "last.pt").exists():
+        train_heads(model, config)
     open_images(splits, config)
     precompute_features(model, splits, amp_dtype, config)  # of frozen encoders
     sampler, loader = build_loader(model, splits["train"], config)
@@ -110,16 +111,15 @@ def train(config):
     )
     resumed = load_checkpoint(state, folder)
     create_run_folder(folder, config)
-    if resumed and is_first_process() and state.epoch < config.epochs:
-        print(f"resuming {folder} at epoch {state.epoch + 1}, batch {state.batch}", flush=True)
+    if resumed and state.epoch < config.epochs:
+        print_once(f"resuming {folder} at epoch {state.epoch + 1}, batch {state.batch}")
 
     with stop_signals() as stop:
         while state.epoch < config.epochs:
             stats = train_one_epoch(state, sampler, loader, config, amp_dtype, stop)
             if stop.requested:
                 save_checkpoint(state, folder)
-                print(f"\nstopped; to continue: python main.py --resume --run {config.run}", flush=True)
-                raise SystemExit(130)
+                raise KeyboardInterrupt
             metrics, validation_loss = evaluate(state.eval_model, splits["validation"], amp_dtype, config)
             if config.scheduler == "plateau":
                 state.scheduler.step(validation_loss)
@@ -131,6 +131,24 @@ def train(config):
             save_checkpoint(state, folder)
 
     return report(state, splits, config, device, amp_dtype)
+
+
+def train_heads(model, config):
+    """Train the projection heads and the temperature on frozen encoders, in heads/ of the run folder, and copy them.
+
+    Fine-tuning from random heads would distort the pretrained features (LP-FT, Kumar et al. 2022, arXiv:2202.10054).
+    """
+    create_run_folder(Path(config.run), config)
+    frozen = {**PRESETS["frozen"], "trainable_image_encoder": None, "trainable_text_encoder": None, "ema_decay": 0.0}
+    run = (Path(config.run) / "heads").as_posix()
+    print_once("\n==== projection heads, on frozen encoders ====")
+    if not (Path(run) / "results.json").exists():
+        train(replace(config, **{**frozen, "epochs": config.head_epochs}, head_epochs=0, gan="none", run=run))
+    print_once("\n==== fine-tuning ====")
+    heads = load_model(run)
+    model.image_projection.load_state_dict(heads.image_projection.state_dict())
+    model.text_projection.load_state_dict(heads.text_projection.state_dict())
+    model.logit_scale.data.copy_(heads.logit_scale)
 
 
 def train_one_epoch(state, sampler, loader, config, amp_dtype, stop):
@@ -226,6 +244,7 @@ def build_model(config, captions, device):
     torch.manual_seed(config.seed)
     tokenizer = train_tokenizer(captions) if config.text_tokenizer == "wordpiece" else None
     model = first_process_first(lambda: CLIP(config, tokenizer))  # the first process may download weights
+    check_model(model, device)
     if config.compile:
         model.image_encoder.compile()
         model.text_encoder.compile(dynamic=True)
@@ -234,14 +253,14 @@ def build_model(config, captions, device):
 
 def build_optimizer(model, config):
     """AdamW with separate learning rates for the encoders and the heads; weight decay for matrices only."""
-    groups = []
+    groups, heads = [], [child for name, child in model.named_children() if not name.endswith("_encoder")]
     for name, lr, modules in (
         ("image_encoder", config.image_encoder_lr, [model.image_encoder]),
         ("text_encoder", config.text_encoder_lr, [model.text_encoder]),
-        ("heads", config.head_lr, [model.image_projection, model.text_projection]),
+        ("heads", config.head_lr, heads),
     ):
         parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-        parameters += [model.logit_scale] if name == "heads" else []
+        parameters += model.parameters(recurse=False) if name == "heads" else []  # the temperature
         for decay in (True, False):  # no weight decay for biases, norms and the temperature
             group = [p for p in parameters if (p.ndim >= 2) == decay]
             weight_decay = config.weight_decay if decay else 0.0
@@ -344,8 +363,6 @@ def report(state, splits, config, device, amp_dtype):
         print(f"\n{split} split, {results['images']:,} images:\n{format_metrics(metrics)}")
         print(f"model, curves.png and matches.png are in {folder}")
         print(f'to search: python inference.py "a sentence" --run {folder.as_posix()}', flush=True)
-    if process_group():  # skipped after an error, where it would deadlock
-        torch.distributed.destroy_process_group()
     return results
 
 
@@ -356,8 +373,7 @@ def report(state, splits, config, device, amp_dtype):
 def main(argv=None):
     """Train CLIP; `--gan` without `--gan_run` first trains a CLIP on real images and a GAN."""
     config, sources = resolve_run(argv)
-    if is_first_process():
-        print(format_config(config, sources), flush=True)
+    print_once(format_config(config, sources))
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     all_stages = config.gan != "none" and not config.gan_run
     if several and (all_stages or config.gan == "joint"):
@@ -367,16 +383,21 @@ def main(argv=None):
         )
     with nullcontext() if several else sigterm_as_interrupt():
         try:
+            config = init_processes(config)
             if all_stages:
                 from extras.gan_stages import train_stages
 
-                return train_stages(config, train)
-            return train(config)
-        except KeyboardInterrupt:  # before the first step or after the last: in between a checkpoint is written
-            started = any((Path(config.run) / name).exists() for name in ("last.pt", "stage1", "first"))
+                results = train_stages(config, train)
+            else:
+                results = train(config)
+        except KeyboardInterrupt:
+            started = any((Path(config.run) / name).exists() for name in ("last.pt", "heads", "stage1", "first"))
             hint = f"to continue: python main.py --resume --run {config.run}" if started else "no step was completed"
-            print(f"\nstopped; {hint}", flush=True)
+            print_once(f"\nstopped; {hint}")
             raise SystemExit(130) from None
+    if several:  # not after an error, where it would deadlock
+        torch.distributed.destroy_process_group()
+    return results
 
 
 if __name__ == "__main__":

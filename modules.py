@@ -14,7 +14,17 @@ from timm.layers import AttentionPool2d
 from torch import nn
 
 from config import InputError
-from utils.pretrained import PAPER_ENCODERS, load_image_weights, load_text_backbone, load_text_config, read_image_config
+from utils.cli import one_line
+from utils.model_checks import size_error
+from utils.pretrained import (
+    PAPER_ENCODERS,
+    check_text_config,
+    load_image_weights,
+    load_text_backbone,
+    load_text_config,
+    read_image_config,
+    text_part,
+)
 
 # Captions encoded at once on a CPU, times the encoder's width. Measured on two cores, forward and backward: for
 # DistilBERT (width 768), 16 was faster than 8 and 32; for width 128, 64 and 320 were faster than 16 and 32.
@@ -50,7 +60,7 @@ class TextEncoder(nn.Module):
         self.backbone = backbone
         self.pooling = {"clip_text_model": "end", "cbow": "mean"}.get(backbone.config.model_type, pooling)
         self.width = backbone.config.hidden_size
-        self.max_tokens = getattr(backbone.config, "max_position_embeddings", None) or 512
+        self.max_tokens = max_positions(backbone)
 
     @property
     def model_config(self):
@@ -79,6 +89,15 @@ class TextEncoder(nn.Module):
             return hidden[torch.arange(len(hidden), device=hidden.device), attention_mask.sum(1) - 1]
         weights = attention_mask.unsqueeze(-1).to(hidden.dtype)  # (T, L) -> (T, L, 1)
         return (hidden * weights).sum(1) / weights.sum(1)  # (T, L, F) -> (T, F)
+
+
+def max_positions(backbone):
+    """The maximum number of tokens of a text model; 512 if it has no limit."""
+    for name, module in backbone.named_modules():
+        if isinstance(module, nn.Embedding) and "position" in name and module.padding_idx is not None:
+            return module.num_embeddings - module.padding_idx - 1  # RoBERTa's positions start after the padding id
+    limit = getattr(backbone.config, "max_position_embeddings", None) or 0
+    return limit if limit > 0 else 512  # XLNet: -1
 
 
 class CBOW(nn.Module):
@@ -115,7 +134,12 @@ def build_image_encoder(name, size, pretrained):
     `ImageEncoder(size=size, **image_config)` rebuilds the encoder without a download. Raises InputError.
     """
     image_config = read_image_config(name)
-    encoder = ImageEncoder(size=size, **image_config)
+    try:
+        encoder = ImageEncoder(size=size, **image_config)
+    except InputError:
+        raise
+    except Exception as error:  # timm has no class of its own for a size that does not fit
+        raise size_error(ImageEncoder, name, size, image_config, error) from error
     projection = load_image_weights(encoder.backbone, name, size) if pretrained else None
     return encoder, image_config, projection
 
@@ -147,7 +171,14 @@ def build_text_encoder(name, pooling, pretrained, vocab_size, layers=0, width=0)
     `vocab_size`, `layers` and `width` replace the sizes in the config of `name` (0: unchanged). Raises InputError.
     """
     if not pretrained:
-        return TextEncoder(build_text_backbone(scratch_text_config(name, vocab_size, layers, width)), pooling), None
+        try:
+            config = scratch_text_config(name, vocab_size, layers, width)
+            return TextEncoder(build_text_backbone(config), pooling), None
+        except InputError:
+            raise
+        except Exception as error:  # transformers has no class of its own for sizes that do not go together
+            message = f"text_encoder_model is {name}, which cannot be built with these sizes ({one_line(error)})"
+            raise InputError(f"{message}: change --text_layers or --text_width, or use another one") from error
     backbone, projection = load_text_backbone(name)
     if vocab_size > backbone.config.vocab_size:
         raise InputError(f"text_tokenizer has {vocab_size} tokens, more than {name} has embeddings: use {name}'s own")
@@ -161,8 +192,12 @@ def scratch_text_config(name, vocab_size, layers, width):
             raise InputError(f"text_layers is {layers}, but text_encoder_model cbow has no layers: omit --text_layers")
         return {"model_type": "cbow", "vocab_size": vocab_size, "hidden_size": width or 512}
     config = load_text_config(name)
-    config = getattr(config, "text_config", config)  # of a CLIPModel
+    config = getattr(config, "text_config", config)  # of a dual encoder
+    check_text_config(config, name)
     config.vocab_size = vocab_size
+    if (getattr(config, "pad_token_id", None) or 0) >= vocab_size:
+        config.pad_token_id = 0
+    config.dtype = None  # that of published weights is often half precision
     if layers:
         config.num_hidden_layers = layers
     if width:
@@ -179,5 +214,8 @@ def build_text_backbone(config):
         config = transformers.AutoConfig.for_model(**config)
     if config.model_type == "clip_text_model":
         # The inner model's parameter names are the same in all versions of transformers, the outer one's are not.
-        return transformers.CLIPTextModelWithProjection(config).text_model
-    return transformers.AutoModel.from_config(config)
+        return text_part(transformers.CLIPTextModelWithProjection(config))
+    if type(config) in transformers.MODEL_MAPPING:
+        return text_part(transformers.AutoModel.from_config(config, trust_remote_code=False))
+    # The text models of most dual encoders have no AutoModel.
+    return text_part(getattr(transformers, type(config).__name__.replace("Config", "Model"))(config))

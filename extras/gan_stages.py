@@ -25,11 +25,7 @@ def train_stages(config, train):
     write_json(Path(config.run) / "config.json", {**vars(config), "resume": False})  # so that it can be resumed
     print("\n==== stage 1 of 3: CLIP on real images ====", flush=True)
     if not (Path(stage_1.run) / "results.json").exists():
-        try:
-            train(stage_1)
-        except SystemExit:
-            print(f"to continue with all three stages: python main.py --resume --run {config.run}", flush=True)
-            raise
+        train(stage_1)
     print("\n==== stage 2 of 3: GAN, conditioned on the caption embeddings of that CLIP ====", flush=True)
     gan.train_gan(stage_1)
     print("\n==== stage 3 of 3: CLIP on real and generated images ====", flush=True)

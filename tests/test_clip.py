@@ -3,20 +3,32 @@
 import dataclasses
 import json
 import math
+import os
 import pickle
+import shutil
+import socket
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from naive import loss_and_gradients, loss_cases, naive_loss, random_embeddings, relative_error
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import clip
-from clip import contrastive_loss, format_metrics, load_model, read_saved_model, retrieval_metrics, save_model
+from clip import (
+    contrastive_loss,
+    format_metrics,
+    load_model,
+    read_saved_model,
+    retrieval_metrics,
+    save_model,
+)
 from config import InputError
 from dataset import Batch
 from utils.device import autocast
+from utils.model_checks import check_model
 
 CPU = torch.device("cpu")
 
@@ -369,6 +381,7 @@ class Explosive:
 
 
 HEAD = "image_projection.layers.1.weight"
+SPARSE = 40 * 2**30  # bytes
 DAMAGES = {
     "pickle": (
         lambda f: (f / "model.safetensors").write_bytes(pickle.dumps(Explosive())),
@@ -379,23 +392,76 @@ DAMAGES = {
         lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:5000]),
         "not a safetensors file",
     ),
+    "sparse weights": (lambda f: os.truncate(f / "model.safetensors", SPARSE), "not a safetensors file"),
+    "sparse config": (lambda f: os.truncate(f / "config.json", SPARSE), "config.json has 42,949,672,960 bytes"),
+    "sparse tokenizer": (lambda f: os.truncate(f / "tokenizer/tokenizer.json", SPARSE), "tokenizer.json has 42,949"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing"),
     "no settings": (lambda f: (f / "config.json").unlink(), "config.json is missing"),
     "invalid JSON": (lambda f: (f / "config.json").write_text("{"), "cannot be read as JSON"),
     "a list": (lambda f: (f / "config.json").write_text("[1]"), "does not contain a JSON object"),
     "missing setting": (lambda f: change_json(f, lambda c: c["settings"].pop("size")), "lacks settings.size"),
-    "no settings in it": (lambda f: change_json(f, lambda c: c.pop("settings")), "lacks settings.image_path"),
+    "no settings in it": (lambda f: change_json(f, lambda c: c.pop("settings")), "lacks settings"),
+    "settings in a list": (lambda f: change_json(f, lambda c: c.update(settings=["size"])), "lacks settings"),
     "missing mean": (lambda f: change_json(f, lambda c: c["image_encoder"].pop("mean")), "lacks image_encoder.mean"),
-    "missing part": (lambda f: change_json(f, lambda c: c.pop("text_encoder")), "lacks text_encoder.model_type"),
+    "missing part": (lambda f: change_json(f, lambda c: c.pop("text_encoder")), "lacks text_encoder"),
     "impossible setting": (lambda f: change_json(f, lambda c: c["settings"].update(size=-1)), "size is -1"),
     "unknown setting": (lambda f: change_json(f, lambda c: c["settings"].update(sizes=1)), "unknown setting 'sizes'"),
     "missing tensor": (lambda f: change_weights(f, lambda s: s.pop(HEAD)), f"lacks the tensor {HEAD}"),
     "unknown tensor": (lambda f: change_weights(f, lambda s: s.update(x=torch.zeros(1))), "has an unknown tensor x"),
     "wrongly shaped tensor": (
         lambda f: change_weights(f, lambda s: s.update({HEAD: s[HEAD][:, :5].contiguous()})),
-        f"has a wrongly shaped tensor {HEAD}",
+        f"has a tensor {HEAD} of another shape or type",
     ),
+    "tensor of integers": (
+        lambda f: change_weights(f, lambda s: s.update({HEAD: s[HEAD].int()})),
+        f"has a tensor {HEAD} of another shape or type",
+    ),
+    "NaN": (lambda f: change_weights(f, lambda s: s[HEAD].fill_(math.nan)), f"not finite in tensor {HEAD}"),
+    "infinity": (lambda f: change_weights(f, lambda s: s[HEAD][3, 2].fill_(math.inf)), f"not finite in tensor {HEAD}"),
+    "wider projection": (
+        lambda f: change_json(f, lambda c: c["settings"].update(projection_dim=33)),
+        "of another shape or type",
+    ),
+    "wide text encoder": (
+        lambda f: change_json(f, lambda c: c["text_encoder"].update(hidden_dim=2**24)),
+        "larger model than that in model.safetensors",
+    ),
+    "deep text encoder": (
+        lambda f: change_json(f, lambda c: c["text_encoder"].update(n_layers=2**24)),
+        "larger model than that in model.safetensors",
+    ),
+    "size beyond all": (
+        lambda f: change_json(f, lambda c: c["text_encoder"].update(n_layers=2**60)),
+        "text_encoder.n_layers is '1152921504606846976', which is not possible",
+    ),
+    "another image encoder": (
+        lambda f: change_json(f, lambda c: c["image_encoder"].update(architecture="vit_giant_patch14_224")),
+        "larger model than that in model.safetensors",
+    ),
+    "size that the encoder cannot take": (
+        lambda f: change_json(f, lambda c: c["text_encoder"].update(n_heads=3)),
+        "does not describe a model that can be built",
+    ),
+    "more tokens than embeddings": (lambda f: add_token(f, 10**6), "text_tokenizer has a token id 1000000, but there"),
+    "tokenizer with a slow pattern": (lambda f: add_pattern(f, "(a+)+$"), "retry-limit-in-match"),
 }
+
+
+def add_token(folder, token_id):
+    """Add a special token with an id without an embedding to every caption."""
+    path = folder / "tokenizer" / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    (name,) = [token for token in content["post_processor"]["special_tokens"] if "SEP" in token]
+    content["post_processor"]["special_tokens"][name]["ids"] = [token_id]
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def add_pattern(folder, pattern):
+    """Let the tokenizer replace a regular expression first."""
+    path = folder / "tokenizer" / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["normalizer"] = {"type": "Replace", "pattern": {"Regex": pattern}, "content": "b"}
+    path.write_text(json.dumps(content), encoding="utf-8")
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -406,6 +472,195 @@ def test_load_model_refuses_a_damaged_model(saved, damage, tmp_path):
         load_model(tmp_path)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "opened").exists()  # the pickle would have created it
+
+
+# What a stranger may write into config.json, and the beginning of the answer ("": the entry is ignored)
+HOSTILE = {
+    "checkpoint": (
+        ("image_encoder", "model_args"),
+        {"checkpoint_path": "evil.pth"},
+        "unknown entry image_encoder.model_args.che",
+    ),
+    "pretrained weights": (("image_encoder", "pretrained_cfg"), {"file": "evil.pth"}, "has an unknown entry image_enc"),
+    "architecture of the hub": (("image_encoder", "architecture"), "hf-hub:evil/model", "image_encoder.archit"),
+    "architecture in a folder": (("image_encoder", "architecture"), "local-dir:evil", "image_encoder.archit"),
+    "code of the hub": (("text_encoder", "auto_map"), {"AutoModel": "evil/model--evil.Model"}, ""),
+    "code in the folder": (("text_encoder", "auto_map"), {"AutoModel": "evil.Model", "AutoConfig": "evil.C"}, ""),
+    "name": (("text_encoder", "_name_or_path"), "evil/model", ""),
+    "kernels": (("text_encoder", "_attn_implementation"), "evil/kernels", ""),
+    "quantization": (("text_encoder", "quantization_config"), {"quant_method": "hqq"}, ""),
+    "timm in transformers": (("text_encoder", "model_type"), "timm_wrapper", "text_encoder.model_t"),
+    "unknown type": (("text_encoder", "model_type"), ["evil"], "text_encoder.model_t"),
+    "function as dtype": (("text_encoder", "dtype"), "load", "text_encoder.dtype is 'load', which is not possible"),
+    "text instead of a number": (("text_encoder", "dim"), "evil", "text_encoder.dim is 'evil', which is not possible"),
+    "names in the settings": (("settings", "model_name"), "hf-hub:evil/model", ""),
+}
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """The hub is not switched off, but every connection fails and is recorded in the list that this returns."""
+    contacted = []
+
+    def refuse(*arguments, **_):
+        contacted.append(arguments)
+        raise OSError("no network in tests")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for name in ("getaddrinfo", "create_connection"):
+        monkeypatch.setattr(socket, name, refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    return contacted
+
+
+@pytest.mark.parametrize("attack", HOSTILE)
+def test_load_model_uses_only_known_entries_of_a_config(saved, attack, no_network, monkeypatch):
+    model, folder = saved
+    (part, name), value, message = HOSTILE[attack]
+    torch.save(Explosive(), "evil.pth")
+    for path in (folder, folder / "tokenizer"):
+        (path / "evil.py").write_text("open('opened', 'w')\nclass Model: pass\nclass C: pass\n", encoding="utf-8")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a prompt"))
+    change_json(folder, lambda content: content[part].update({name: value}))
+    if message:
+        with pytest.raises(InputError, match=message) as error:
+            load_model(folder)
+        assert "\n" not in str(error.value)
+    else:
+        tokens = torch.tensor([[2, 5, 3]])
+        assert torch.equal(load_model(folder).encode_text(tokens, tokens), model.encode_text(tokens, tokens))
+    assert not os.path.exists("opened")
+    assert not no_network
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs")
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer/tokenizer.json", "tokenizer/x.json"])
+def test_load_model_refuses_a_fifo(saved, name):
+    """Opening it would wait for a writer for ever."""
+    file = saved[1] / name
+    file.unlink(missing_ok=True)
+    os.mkfifo(file)
+    with pytest.raises(InputError, match=f"{file.name} is not a regular file"):
+        load_model(saved[1])
+    file.unlink()
+    file.symlink_to("/dev/zero")
+    with pytest.raises(InputError, match=f"{file.name} is not a regular file"):
+        load_model(saved[1])
+
+
+def test_load_model_refuses_a_file_in_place_of_the_tokenizer(saved, no_network):
+    shutil.rmtree(saved[1] / "tokenizer")
+    (saved[1] / "tokenizer").write_text("distilbert-base-uncased", encoding="utf-8")
+    with pytest.raises(InputError, match="tokenizer is not a folder"):
+        load_model(saved[1])
+    assert not no_network
+
+
+def test_load_model_allocates_nothing_for_a_model_that_does_not_fit(saved):
+    """The config describes an embedding matrix of 2 GB."""
+    resource = pytest.importorskip("resource")
+    change_json(saved[1], lambda content: content["text_encoder"].update(vocab_size=2**24, dim=32, hidden_dim=32))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(InputError, match="it describes a larger model than that in"):
+        load_model(saved[1])
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
+
+
+def test_load_model_has_defaults_for_settings_of_later_versions(saved):
+    def remove(content):
+        for name in ("freeze_batchnorm", "head_epochs", "gan_clip_weight"):
+            del content["settings"][name]
+
+    change_json(saved[1], remove)
+    assert load_model(saved[1]).config == saved[0].config
+
+
+def test_saved_config_does_not_tell_whether_the_run_was_resumed(tiny_model, tmp_path):
+    model = tiny_model()
+    for resume in (False, True):
+        model.config = dataclasses.replace(model.config, resume=resume)
+        save_model(model, tmp_path / str(resume))
+    first, second = (tmp_path / name / "config.json" for name in ("False", "True"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no modes")
+def test_saved_files_have_the_mode_that_the_umask_allows(tiny_model, tmp_path):
+    before = os.umask(0o027)
+    try:
+        save_model(tiny_model(), tmp_path / "best")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "best").rglob("*") if path.is_file()}
+    assert modes["model.safetensors"] == 0o640
+    assert set(modes.values()) == {0o640}
+
+
+# ---- the check before training ----------------------------------------------------------------------------------
+
+
+def test_check_model_leaves_the_model_and_the_random_state(tiny_model):
+    model = tiny_model().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state, requires_grad = torch.get_rng_state(), [p.requires_grad for p in model.parameters()]
+    check_model(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert model.training and all(module.training for module in model.modules())
+    assert [p.requires_grad for p in model.parameters()] == requires_grad
+    assert all(p.grad is None for p in model.parameters())
+
+
+def shares_tensors(model):
+    model.image_projection.layers[-1].weight = model.text_projection.layers[-1].weight
+
+
+def has_another_parameter(model):
+    model.scale = nn.Parameter(torch.ones(1))
+
+
+def has_another_config(model):
+    model.text_encoder.backbone.config.n_heads = 2
+
+
+def is_not_finite(model):
+    model.image_encoder.backbone.conv1[0].weight.data.fill_(math.nan)
+
+
+def keeps_the_tokens(model):
+    model.text_encoder.forward = lambda ids, mask: torch.zeros(*ids.shape, 64)
+
+
+def fails(model):
+    model.image_encoder.forward = lambda images: images.no_such_attribute
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (shares_tensors, "could not be loaded after training .some of its tensors share memory"),
+        (has_another_parameter, "could not be loaded after training .model.safetensors has an unknown tensor scale"),
+        (has_another_config, "could not be loaded after training .its features would not be the same"),
+        (is_not_finite, "model_name is test_resnet, whose features are not finite"),
+        (keeps_the_tokens, r"text_encoder_model is .*its features have the shape \(2, 8, 64\) instead of \(2, 64\)"),
+        (fails, "model_name is test_resnet, which does not work here .*no_such_attribute"),
+    ],
+)
+def test_check_model_refuses_a_model_that_cannot_be_trained_or_saved(tiny_model, change, message):
+    model = tiny_model(text_width=64)
+    change(model)
+    with pytest.raises(InputError, match=message) as error:
+        check_model(model)
+    assert "\n" not in str(error.value)
+
+
+def test_compile_without_a_compiler_is_refused(tiny_model, monkeypatch):
+    def compile(function):
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\nSet TORCHDYNAMO_VERBOSE=1")
+
+    monkeypatch.setattr(torch, "compile", compile)
+    with pytest.raises(InputError, match="compile is true, which needs a C.. compiler .*: install one, or drop --comp"):
+        check_model(tiny_model(compile=True))
 
 
 def test_load_model_refuses_a_folder_without_a_model(tmp_path):

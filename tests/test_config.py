@@ -42,7 +42,7 @@ def test_preset_gives_a_legal_config(preset):
 
 
 def test_presets_are_the_documented_ones():
-    assert set(PRESETS) == {"demo", "frozen", "scratch", "paper"}
+    assert set(PRESETS) == {"demo", "frozen", "finetune", "scratch", "paper"}
 
 
 def test_config_is_frozen():

@@ -130,14 +130,14 @@ def test_main_files_have_at_most_450_lines(name):
     assert num_lines(name) <= 450
 
 
-def test_the_seven_have_at_most_2400_lines():
+def test_the_seven_have_at_most_2600_lines():
     sizes = {name: num_lines(name) for name in SEVEN}
-    assert sum(sizes.values()) <= 2400, (sum(sizes.values()), sizes)
+    assert sum(sizes.values()) <= 2600, (sum(sizes.values()), sizes)
 
 
-def test_source_has_at_most_5800_lines():
+def test_source_has_at_most_7500_lines():
     sizes = {name: num_lines(name) for name in FILES}
-    assert sum(sizes.values()) <= 5800, (sum(sizes.values()), sizes)
+    assert sum(sizes.values()) <= 7500, (sum(sizes.values()), sizes)
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -36,6 +36,11 @@ def exit_on_input_error(main):
     return wrapped
 
 
+def one_line(error):
+    """The beginning of an error's text, in one line, for a message that quotes it."""
+    return " ".join(str(error).split())[:120] or type(error).__name__
+
+
 def progress_bar(iterable=None, **options):
     """A tqdm bar, updated twice a second on a terminal and every 30 seconds in a log file."""
     seconds = 0.5 if sys.stderr.isatty() else 30

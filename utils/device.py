@@ -7,6 +7,7 @@ import sys
 import torch
 
 from config import InputError
+from utils.cli import one_line
 
 
 def setup_device(device="auto", precision="auto"):
@@ -29,6 +30,15 @@ def setup_device(device="auto", precision="auto"):
     if precision == "fp16" and device.type == "cpu":
         raise InputError("precision is fp16, which is not supported on a CPU: use bf16 or float32")
     return device, {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def check_compiler(device):
+    """Raise InputError unless torch.compile works for the device; takes seconds."""
+    try:
+        torch.compile(torch.neg)(torch.ones(8, device=device))
+    except Exception as error:  # the classes differ between versions and backends
+        message = f"compile is true, which needs a C++ compiler ({one_line(error)}): install one, or drop --compile"
+        raise InputError(message) from error
 
 
 def keep_freed_memory():

@@ -8,15 +8,18 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from utils.device import autocast
 from utils.distributed import all_gather_rows, is_first_process, process_group, rank_and_world_size
 from utils.files import atomic_write
+from utils.fold import fold_batchnorm
 from utils.image_cache import EvaluationImages, file_digest, prepare_worker
 
 CPU_IMAGES = 16  # images encoded at once on a CPU: large activations do not fit into its caches
+MIN_FOLDED = 64  # images for which folding BatchNorm pays
 
 
 @torch.no_grad()
@@ -85,13 +88,12 @@ def precompute_features(model, splits, amp_dtype, config):
 
 def cached_features(model, pairs, encoder, amp_dtype, config, desc=None):
     """The features of a split, read from the cache if it was encoded before with the same weights and settings."""
-    module = getattr(model, f"{encoder}_encoder")
     if process_group():  # all processes would have to agree on what they read
-        return encode_split(model, pairs, encoder, module, amp_dtype, config, desc)
+        return encode_split(model, pairs, encoder, nn.Identity(), amp_dtype, config, desc)
     path = Path(config.cache_path) / f"features-{features_hash(model, pairs, encoder, amp_dtype)}.safetensors"
     with contextlib.suppress(OSError, SafetensorError):  # not cached, or damaged
         return load_file(path)["features"].to(model.device)
-    features = encode_split(model, pairs, encoder, module, amp_dtype, config, desc)
+    features = encode_split(model, pairs, encoder, nn.Identity(), amp_dtype, config, desc)
     with atomic_write(path) as temporary:
         save_file({"features": features.cpu()}, temporary)
     return features
@@ -115,8 +117,11 @@ def features_hash(model, pairs, encoder, amp_dtype):
     return whole.hexdigest()
 
 
-def encode_split(model, pairs, encoder, function, amp_dtype, config, desc=None):
-    """`function` of every image ("image") or caption ("text") of a split; the processes share the work."""
+def encode_split(model, pairs, encoder, project, amp_dtype, config, desc=None):
+    """`project` of the features of every image ("image") or caption ("text") of a split.
+
+    The processes share the work.
+    """
     own = own_share(len(pairs.files if encoder == "image" else pairs.captions))
     batch_size = min(config.micro_batch_size or config.batch_size, 256)
     model.eval()
@@ -124,15 +129,33 @@ def encode_split(model, pairs, encoder, function, amp_dtype, config, desc=None):
         dataset = EvaluationImages(pairs.images, own, config.size)
         workers = 0 if pairs.images.cache else config.num_workers
         batch_size = image_batch_size(model.device, batch_size)
-        found = encode_dataset(function, dataset, model.device, amp_dtype, batch_size, workers, desc)
+        module = fast_image_encoder(model, len(dataset), amp_dtype)
+        found = encode_dataset(
+            lambda images: project(module(images)), dataset, model.device, amp_dtype, batch_size, workers, desc
+        )
     else:  # captions of similar length together, so that little padding is encoded
         order = sorted(own, key=lambda caption: len(pairs.captions[caption]))
         dataset = CaptionDataset([pairs.captions[j] for j in order], model.tokenizer, model.max_length)
         found = encode_dataset(
-            function, dataset, model.device, amp_dtype, batch_size, desc=desc, collate_fn=dataset.collate
+            lambda *tokens: project(model.text_encoder(*tokens)),
+            dataset,
+            model.device,
+            amp_dtype,
+            batch_size,
+            desc=desc,
+            collate_fn=dataset.collate,
         )
         found = found[torch.tensor(order, device=found.device).argsort()]
     return all_gather_rows(found, process_group())
+
+
+def fast_image_encoder(model, count, amp_dtype=None):
+    """The image encoder for `count` images; on a CPU, a copy with folded BatchNorm if there are many."""
+    if model.device.type != "cpu" or amp_dtype or count < MIN_FOLDED or model.config.compile:
+        return model.image_encoder
+    size, generator = model.config.size, torch.Generator().manual_seed(0)
+    example = torch.randint(256, (2, 3, size, size), dtype=torch.uint8, generator=generator)
+    return fold_batchnorm(model.image_encoder, example)
 
 
 def image_batch_size(device, batch_size):
@@ -151,13 +174,10 @@ def embed_split(model, pairs, amp_dtype, config):
     """Embeddings of a split: (N, D) of its images and (T, D) of its captions."""
     model.eval()
     embeddings = []
-    for encoder, project, encode in (
-        ("image", model.project_image, model.encode_image),
-        ("text", model.project_text, model.encode_text),
-    ):
+    for encoder, project in (("image", model.project_image), ("text", model.project_text)):
         features = getattr(pairs, f"{encoder}_features")
         if features is None:
-            embeddings.append(encode_split(model, pairs, encoder, encode, amp_dtype, config))
+            embeddings.append(encode_split(model, pairs, encoder, project, amp_dtype, config))
         else:
             embeddings.append(project(features.to(model.device)))
     return tuple(embeddings)

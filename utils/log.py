@@ -10,6 +10,12 @@ from utils.cli import progress_bar
 from utils.distributed import is_first_process, rank_and_world_size
 
 
+def print_once(*lines):
+    """Print lines in the first process only."""
+    if is_first_process():
+        print(*lines, sep="\n", flush=True)
+
+
 def describe_model(config, model, amp_dtype):
     """Two lines: the device and the model."""
     precision = "float32" if amp_dtype is None else f"mixed precision ({str(amp_dtype).removeprefix('torch.')})"
@@ -70,13 +76,11 @@ def log_epoch(state, stats, metrics, validation_loss, config):
         **(state.augmentation.end_epoch(Path(config.run)) if state.augmentation else {}),
     }
     state.history.append(line)
-    if is_first_process():
-        print(
-            f"epoch {state.epoch}: loss {line['train_loss']:.3f} (validation {validation_loss:.3f}), validation "
-            f"text-to-image R@1 {metrics['text_to_image_R@1']:.1f} R@5 {metrics['text_to_image_R@5']:.1f} "
-            f"R@10 {metrics['text_to_image_R@10']:.1f}, rsum {metrics['rsum']:.1f}" + describe_generated(line),
-            flush=True,
-        )
+    print_once(
+        f"epoch {state.epoch}: loss {line['train_loss']:.3f} (validation {validation_loss:.3f}), validation "
+        f"text-to-image R@1 {metrics['text_to_image_R@1']:.1f} R@5 {metrics['text_to_image_R@5']:.1f} "
+        f"R@10 {metrics['text_to_image_R@10']:.1f}, rsum {metrics['rsum']:.1f}" + describe_generated(line)
+    )
 
 
 def describe_generated(line):

@@ -16,7 +16,9 @@ from timm.layers import resample_abs_pos_embed
 from transformers.utils import logging as transformers_logging
 
 from config import InputError
+from utils.cli import one_line
 from utils.files import read_json
+from utils.saved_model import default_text_config
 
 DISTILBERT = "distilbert-base-uncased"
 # The image encoders of Radford et al. 2021 (tables 19 and 20) in timm. The ResNets have the paper's three stem
@@ -35,6 +37,8 @@ CLIP_VIT_NAMES = {
     "layer_norm": "norm",
     "self_attn.out_proj": "attn.proj",
 }
+# Texts that every tokenizer must take; the repetitions are slow for regular expressions like (a+)+
+PROBES = ["a photo of two dogs", *(char * 64 + "!" for char in ("a", "1", ".", " ", "a "))]
 NO_IMAGE_WEIGHTS = "pass --no-pretrained_image_encoder"
 # What timm, transformers and huggingface_hub raise for missing, damaged or unsuitable files, or without a network
 LOAD_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ImportError)
@@ -162,6 +166,13 @@ def load_text_config(name):
     return load_local_or_hub(load, "text_encoder_model", name, f"pass --text_encoder_model {DISTILBERT}")
 
 
+def check_text_config(config, name):
+    """Raise InputError unless a transformers config is that of a text encoder."""
+    if default_text_config(config.model_type) is None:
+        kind = f"text_encoder_model is {str(name)!r}, a model of type {config.model_type}"
+        raise InputError(f"{kind}, which is not a text encoder: use another one, such as {DISTILBERT}")
+
+
 def load_text_backbone(name):
     """The pretrained text model of a name or folder, and a CLIP's `PretrainedProjection` or None; raises InputError."""
     model_type = load_text_config(name).model_type
@@ -170,19 +181,35 @@ def load_text_backbone(name):
     model, missing = load_transformers_model(
         model_class, name, "text_encoder_model", "pass --no-pretrained_text_encoder"
     )
+    backbone = text_part(model)
     if model_type not in clip_classes:
-        return model, None
+        prefix = next(path for path, module in model.named_modules() if module is backbone)  # "" or "encoder"
+        # The pooler, a layer on the first token, is not used here and lacks in many files.
+        check_missing({key for key in missing if key.startswith(prefix) and "pooler" not in key}, name)
+        check_text_config(backbone.config, name)
+        return backbone, None
     if model_type == "clip_text_model" and missing == {"text_projection.weight"}:
-        return model.text_model, None  # a CLIPTextModel, saved without projection: the head is trained from scratch
+        return backbone, None  # a CLIPTextModel, saved without projection: the head is trained from scratch
     check_missing(missing, name)
     logit_scale = model.logit_scale.item() if model_type == "clip" else None
-    return model.text_model, PretrainedProjection(model.text_projection.weight.detach(), None, logit_scale)
+    return backbone, PretrainedProjection(model.text_projection.weight.detach(), None, logit_scale)
+
+
+def text_part(model):
+    """The text encoder of a transformers model: the encoder of an encoder-decoder, the text model of a dual encoder."""
+    default = default_text_config(model.config.model_type)  # the copy of the config in an encoder does not tell
+    if default is None or not default.is_encoder_decoder:
+        return getattr(model, "text_model", model)
+    encoder = model.get_encoder()
+    encoder.config = getattr(encoder, "config", model.config)
+    return encoder
 
 
 def load_transformers_model(model_class, name, setting, alternative):
     """A pretrained model by name or folder, and the set of parameter names that its files lack; raises InputError."""
     options = {"use_safetensors": True, "dtype": torch.float32, "trust_remote_code": False}
     transformers_logging.disable_progress_bar()  # of loading weights, which takes a moment
+    transformers_logging.set_verbosity_error()  # no table of missing and unused weights: the missing ones are checked
     load = partial(model_class.from_pretrained, name, output_loading_info=True, **options)
     model, info = load_local_or_hub(load, setting, name, alternative, "*.safetensors")
     return model, set(info["missing_keys"])
@@ -190,7 +217,19 @@ def load_transformers_model(model_class, name, setting, alternative):
 
 def load_tokenizer(name, setting="text_tokenizer", alternative="pass --text_tokenizer wordpiece"):
     """The Hugging Face tokenizer of a model by name or folder, padding on the right; raises InputError."""
-    load = partial(transformers.AutoTokenizer.from_pretrained, name, trust_remote_code=False)
+
+    def load():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        if not isinstance(tokenizer, transformers.PreTrainedTokenizerBase):
+            raise ValueError(f"it is a {type(tokenizer).__name__}")
+        try:
+            tokenizer(PROBES, verbose=False)
+        except BaseException as error:  # of the tokenizers library: a regular expression that takes too long
+            if type(error).__name__ != "PanicException":
+                raise
+            raise ValueError(one_line(error)) from None
+        return tokenizer
+
     tokenizer = load_local_or_hub(load, setting, name, alternative)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
@@ -228,9 +267,8 @@ def load_local_or_hub(load, setting, name, alternative, weights=None):
         finally:
             constants.HF_HUB_OFFLINE = was_offline
     problem = "could not be loaded from this folder" if is_folder else "was found neither locally nor on the hub"
-    reason = (str(failure).strip().splitlines() or [type(failure).__name__])[0][:120]
     advice = f"use a local folder that contains it, or {alternative}"
-    raise InputError(f"{setting} is {str(name)!r}, which {problem} ({reason}): {advice}") from failure
+    raise InputError(f"{setting} is {str(name)!r}, which {problem} ({one_line(failure)}): {advice}") from failure
 
 
 def hub_is_reachable():

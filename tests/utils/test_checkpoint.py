@@ -159,7 +159,7 @@ def test_stopped_run_says_how_to_continue_and_does(
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit:
         patch.setattr(main.CLIP, "clamp_temperature", interrupted)
-        main.train(config)
+        main.main(flags(config))
     assert exit.value.code == 130
     assert f"stopped; to continue: python main.py --resume --run {config.run}" in capsys.readouterr().out
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers

@@ -10,14 +10,23 @@ import timm
 import torch
 from huggingface_hub import constants
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+)
 
 from clip import CLIP, load_model, save_model
 from config import InputError
 from dataset import pad_tokens, train_tokenizer
 from modules import ImageEncoder, build_image_encoder, build_text_encoder
+from utils.model_checks import check_model
 from utils.pretrained import PAPER_ENCODERS, load_local_or_hub, load_timm_state, load_tokenizer, resolve_timm_name
 
 CAPTIONS = ["a red circle", "a blue square on a green ground, to the left of a red circle", "squares", "a red square"]
@@ -67,6 +76,14 @@ def test_unknown_text_encoder_is_refused():
 def test_tokenizer_with_more_tokens_than_the_text_encoder_is_refused(tiny_clip):
     with pytest.raises(InputError, match="text_tokenizer has 1000 tokens, more than"):
         build_text_encoder(tiny_clip().folder, "mean", True, 1000)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "good"), [("crossvit_9_240", 224, 240), ("dla34", 100, 96), ("efficientformer_l1", 64, 224)]
+)
+def test_size_that_an_image_encoder_cannot_take_is_refused_with_the_nearest(name, size, good, tiny_config, tokenizer):
+    with pytest.raises(InputError, match=f"size is {size}, which {name} cannot take .*: pass --size {good}$"):
+        check_model(CLIP(tiny_config(model_name=name, size=size), tokenizer))
 
 
 # ---- weights of timm ---------------------------------------------------------------------------------------------
@@ -320,6 +337,129 @@ def test_encoders_of_two_different_clips_are_refused(openai_rn50, tiny_clip, tin
 def test_clip_folder_with_an_unsupported_activation_is_refused(tiny_clip):
     with pytest.raises(InputError, match="whose image encoder has activation relu"):
         build_image_encoder(tiny_clip(hidden_act="relu").folder, 32, False)
+
+
+# ---- other text encoders ----------------------------------------------------------------------------------------
+
+BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+T5 = {"d_model": 32, "d_kv": 16, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+BART = {"d_model": 32, "max_position_embeddings": 24, "decoder_start_token_id": 2}
+BART |= {f"{part}_{size}": 1 for part in ("encoder", "decoder") for size in ("layers", "attention_heads", "ffn_dim")}
+VISION = {"vision_config": {**BERT, "image_size": 32, "patch_size": 16}}
+# Small configs by model type: encoder-decoders, dual encoders, encoders, a decoder; and the maximum number of tokens
+TEXT_MODELS = {
+    "t5": (T5, 512),
+    "mt5": (T5, 512),
+    "bart": (BART, 24),
+    "m2m_100": (BART, 24),  # NLLB
+    "siglip": ({"text_config": {**BERT, "vocab_size": 99, "max_position_embeddings": 24}, **VISION}, 24),
+    "chinese_clip": ({"text_config": {**BERT, "vocab_size": 99, "max_position_embeddings": 24}, **VISION}, 24),
+    "roberta": ({**BERT, "max_position_embeddings": 24}, 22),  # positions start after the padding id, 1
+    "mpnet": ({**BERT, "max_position_embeddings": 24}, 22),
+    "bert": ({**BERT, "max_position_embeddings": 24}, 24),
+    "xlnet": ({"d_model": 32, "n_layer": 1, "n_head": 2, "d_inner": 32}, 512),
+    "gpt2": ({"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 24}, 24),
+}
+
+
+def text_model(kind, folder):
+    """A small random model of a type, saved in the folder, and the maximum number of tokens."""
+    sizes, max_tokens = TEXT_MODELS[kind]
+    ids = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+    model = AutoModel.from_config(AutoConfig.for_model(kind, **{"vocab_size": 99, **ids, **sizes})).eval()
+    model.save_pretrained(folder)
+    return model, max_tokens
+
+
+@pytest.mark.parametrize("kind", TEXT_MODELS)
+def test_text_encoder_takes_the_text_part_of_a_pretrained_model(kind, tmp_path):
+    original, max_tokens = text_model(kind, tmp_path)
+    part = getattr(original, "text_model", original)
+    part = original.get_encoder() if original.config.is_encoder_decoder else part
+    encoder, projection = build_text_encoder(str(tmp_path), "mean", True, 99)
+    ids = torch.randint(3, 99, (2, max_tokens))
+    expected = part(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state.mean(1)
+    torch.testing.assert_close(encoder.eval()(ids, torch.ones_like(ids)), expected)
+    assert (encoder.max_tokens, projection) == (max_tokens, None)
+
+
+@pytest.mark.parametrize("kind", TEXT_MODELS)
+def test_text_encoder_of_each_type_is_checked_saved_and_loaded(kind, tmp_path, tiny_config, tokenizer):
+    _, max_tokens = text_model(kind, tmp_path)
+    config = tiny_config(text_encoder_model=str(tmp_path), text_layers=0, text_width=0, max_length=200)
+    model = CLIP(config, tokenizer)
+    check_model(model)
+    save_model(model.eval(), tmp_path / "best")
+    loaded = load_model(tmp_path / "best")
+    assert model.max_length == loaded.max_length == min(max_tokens, 200)
+    ids = torch.randint(3, len(tokenizer), (2, model.max_length))
+    assert torch.equal(loaded.encode_text(ids, torch.ones_like(ids)), model.encode_text(ids, torch.ones_like(ids)))
+
+
+def test_model_that_is_no_text_encoder_is_refused(tmp_path):
+    AutoConfig.for_model("vit").save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="text_encoder_model is .*, a model of type vit, which is not a text encoder"):
+        build_text_encoder(str(tmp_path), "mean", False, 99)
+
+
+def test_sizes_that_do_not_go_together_are_refused(tmp_path):
+    text_model("bert", tmp_path)
+    AutoConfig.for_model("bert", **{**BERT, "num_attention_heads": 3}).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="cannot be built with these sizes .*: change --text_layers or --text_width"):
+        build_text_encoder(str(tmp_path), "mean", False, 99)
+
+
+@pytest.mark.parametrize(
+    ("kind", "first_token_is_enough"), [("gpt2", False), ("siglip", True), ("bert", True), ("bart", True)]
+)
+def test_first_token_of_a_causal_model_is_refused(kind, first_token_is_enough, tmp_path, tiny_config, tokenizer):
+    text_model(kind, tmp_path)
+    sizes = {"text_layers": 0, "text_width": 0}
+    model = CLIP(tiny_config(text_encoder_model=str(tmp_path), text_pooling="cls", **sizes), tokenizer)
+    if first_token_is_enough:
+        check_model(model)
+    else:
+        with pytest.raises(InputError, match="text_pooling is cls, but the first token .*: pass --text_pooling mean"):
+            check_model(model)
+
+
+def change_weights(folder, change):
+    state = change(load_file(folder / "model.safetensors"))
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "missing"),
+    [
+        (lambda state: {f"enc.{name}": tensor for name, tensor in state.items()}, "embeddings.LayerNorm.bias and 36"),
+        (lambda state: {k: v for k, v in state.items() if "layer.1." not in k}, "encoder.layer.1.attention.* and 15"),
+        (lambda state: {k: v for k, v in state.items() if "pooler" not in k}, None),
+        (lambda state: {f"bert.{name}": tensor for name, tensor in state.items()}, None),  # as in a BertForMaskedLM
+    ],
+    ids=["prefixed", "half of the layers", "no pooler", "with a head"],
+)
+def test_text_weights_must_be_complete(change, missing, tmp_path):
+    original, _ = text_model("bert", tmp_path)
+    change_weights(tmp_path, change)
+    if missing:
+        with pytest.raises(InputError, match=f"the weights of .* lack {missing} more tensors"):
+            build_text_encoder(str(tmp_path), "mean", True, 99)
+    else:
+        encoder, _ = build_text_encoder(str(tmp_path), "mean", True, 99)
+        ids = torch.randint(3, 99, (2, 7))
+        torch.testing.assert_close(encoder.eval()(ids, ids // ids), original(ids).last_hidden_state.mean(1))
+
+
+def test_encoder_of_an_encoder_decoder_without_its_decoder_is_complete(tmp_path):
+    """As in Sentence-T5."""
+    original, _ = text_model("t5", tmp_path)
+    change_weights(tmp_path, lambda state: {k: v for k, v in state.items() if not k.startswith("decoder")})
+    encoder, _ = build_text_encoder(str(tmp_path), "mean", True, 99)
+    ids = torch.randint(3, 99, (2, 7))
+    torch.testing.assert_close(encoder.eval()(ids, ids // ids), original.encoder(ids).last_hidden_state.mean(1))
+    change_weights(tmp_path, lambda state: {k: v for k, v in state.items() if "SelfAttention.q" not in k})
+    with pytest.raises(InputError, match=r"lack encoder\.block\.0\.layer\.0\.SelfAttention\.q\.weight and 0 more"):
+        build_text_encoder(str(tmp_path), "mean", True, 99)
 
 
 # ---- tokenizers, and errors while loading -----------------------------------------------------------------------
