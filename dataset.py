@@ -151,21 +151,19 @@ def load_splits(config):
             f"{captions_file} yields {len(splits['train'])} training and {len(splits['validation'])} validation "
             "images: training needs at least 2, validation 1"
         )
-    if config.batch_size > len(splits["train"]):
-        raise InputError(
-            f"batch_size is {config.batch_size}, but there are {len(splits['train'])} training images: "
-            f"pass --batch_size {len(splits['train'])} or less"
-        )
     return {split: make_pairs(captions_by_name, folder, names) for split, names in splits.items()}
 
 
 def describe_splits(config, splits):
-    """One line about the data: images per split, captions, and where the split comes from."""
+    """A line about the data: images per split, captions, source of the split; and a warning if a batch is too large."""
     counts = " / ".join(f"{split} {len(pairs.files):,}" for split, pairs in splits.items())
     captions = sum(len(pairs.captions) for pairs in splits.values())
     official = find_split_files(find_captions_file(config.captions_path).parent)
     source = "official split files" if official else f"random split (seed {config.seed})"
-    return f"data: {counts} images, {captions:,} captions, {source}"
+    line = f"data: {counts} images, {captions:,} captions, {source}"
+    if config.batch_size > len(splits["train"].files):
+        line += f"\nwarning: batch_size is {config.batch_size}, more than the training images; one batch has all of them"
+    return line
 
 
 def check_files(files, where="image_path"):

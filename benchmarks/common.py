@@ -211,6 +211,14 @@ def spread(values, digits=2):
 # ---- results ----------------------------------------------------------------------------------------------------
 
 
+def print_table(rows, heading=""):
+    """Print dicts with the same keys as a Markdown table."""
+    print(f"\n{heading}\n" if heading else "")
+    print(f"| {' | '.join(rows[0])} |\n|{'---|' * len(rows[0])}")
+    for row in rows:
+        print(f"| {' | '.join(map(str, row.values()))} |")
+
+
 def report(name, rows, details=None, folder=None, **more):
     """Print a table and write it to results/`name`.json, with the hardware, the versions and the command.
 
@@ -220,10 +228,7 @@ def report(name, rows, details=None, folder=None, **more):
         folder: in place of benchmarks/results.
         more: further results, printed below the table and written.
     """
-    columns = list(rows[0])
-    print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-    for row in rows:
-        print(f"| {' | '.join(str(row[column]) for column in columns)} |")
+    print_table(rows)
     for key, value in more.items():
         print(f"{key}: {value}")
     content = {

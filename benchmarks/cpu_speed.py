@@ -1,21 +1,22 @@
-"""CPU speed with and without `utils.device.keep_freed_memory`, and of the batch size for encoding.
+"""CPU speed of encoding images and of training steps, side by side.
 
-Images per second of encoding (`before`: 128 images at once, glibc's defaults; `now`: `CPU_IMAGES` at once, freed memory
-kept) and of training steps (the same batch of 32 images, only the memory setting differs), at 224 pixels, channels
-last, random weights. Every measurement is a process of its own; `before` and `now` take turns.
+Images per second at 224 pixels, channels last, random weights. Encoding: 128 images at once with glibc's defaults
+(`before`), `CPU_IMAGES` at once with freed memory kept (`now`), the latter with folded BatchNorm (`folded`), in bf16
+(`bf16`), and both. Training: steps of 32 images with glibc's defaults, with freed memory kept, and in bf16. Every
+measurement is a process of its own, and the modes take turns; ratios are relative to `before`.
 
     python benchmarks/cpu_speed.py [--models tf_efficientnet_lite0 resnet50] [--rounds 3] [--seconds 8]
 """
 
 import argparse
 import json
-import statistics
 import sys
 import time
 
 from common import in_fresh_process, report, spread
 
 SIZE, BEFORE_IMAGES, TRAIN_IMAGES = 224, 128, 32
+MODES = {"encode": ("before", "now", "folded", "bf16", "folded bf16"), "train": ("before", "now", "bf16")}
 
 
 def measure(name, job, mode, seconds):
@@ -24,20 +25,25 @@ def measure(name, job, mode, seconds):
     import torch
 
     from utils.device import keep_freed_memory
+    from utils.device import autocast
     from utils.embed import CPU_IMAGES
+    from utils.fold import fold_batchnorm
 
-    if mode == "now":
+    if mode != "before":
         keep_freed_memory()
     model = timm.create_model(name, num_classes=0).to(memory_format=torch.channels_last).train(job == "train")
-    count = TRAIN_IMAGES if job == "train" else CPU_IMAGES if mode == "now" else BEFORE_IMAGES
+    count = TRAIN_IMAGES if job == "train" else BEFORE_IMAGES if mode == "before" else CPU_IMAGES
     images = torch.randn(count, 3, SIZE, SIZE).to(memory_format=torch.channels_last)
+    if "folded" in mode:
+        model = fold_batchnorm(model, images)
+    amp_dtype = torch.bfloat16 if "bf16" in mode else None
 
     def step():
-        with torch.set_grad_enabled(job == "train"):
+        with torch.set_grad_enabled(job == "train"), autocast(torch.device("cpu"), amp_dtype):
             features = model(images)
         if job == "train":
             model.zero_grad(set_to_none=True)
-            features.square().mean().backward()
+            features.float().square().mean().backward()
 
     step()
     start, number = time.perf_counter(), 0
@@ -55,15 +61,16 @@ def main():
     arguments = parser.parse_args()
     rows = []
     for name in arguments.models:
-        for job in ("encode", "train"):
-            speeds = {"before": [], "now": []}
+        for job, modes in MODES.items():
+            speeds = {mode: [] for mode in modes}
             for _ in range(arguments.rounds):
                 for mode, found in speeds.items():
                     found.append(in_fresh_process("measure", name, job, mode, arguments.seconds))
-            ratios = [now / before for before, now in zip(*speeds.values(), strict=True)]
-            row = {"encoder": name, "job": job, **{f"{mode}, images/s": spread(v, 1) for mode, v in speeds.items()}}
-            rows.append({**row, "ratio": spread(ratios)})
-            print(rows[-1], f"median ratio {statistics.median(ratios):.2f}", file=sys.stderr)
+            for mode, found in speeds.items():
+                ratios = [now / before for before, now in zip(speeds["before"], found, strict=True)]
+                row = {"encoder": name, "job": job, "mode": mode, "images/s": spread(found, 1)}
+                rows.append({**row, "ratio": spread(ratios)})
+                print(rows[-1], file=sys.stderr)
     report("cpu_speed", rows)
 
 

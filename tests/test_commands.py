@@ -108,8 +108,6 @@ def break_data(kind, data):
         captions.write_text("image,caption\n03.jpg,A dog\n", encoding="utf-8")
     elif kind == "outside":
         append(captions, "../../secret.jpg,A dog")
-    elif kind == "large batch":
-        return {"batch_size": 17}
     elif kind == "run is a file":
         Path("run").write_text("", encoding="utf-8")
     elif kind == "cache is a file":
@@ -138,7 +136,6 @@ def append(path, line):
         ("no caption", ["line 42", "'20.jpg' has no caption"]),
         ("one image", ["1 training", "at least 2"]),
         ("outside", ["'../../secret.jpg'", "inside the image folder"]),
-        ("large batch", ["batch_size is 17", "16 training images", "--batch_size 16"]),
         ("run is a file", ["run is", "not a folder"]),
         ("cache is a file", ["cache"]),
         ("unknown model", ["resnet9000"]),
@@ -151,6 +148,12 @@ def test_bad_data_gives_a_one_line_error_and_leaves_no_files(kind, parts, data_s
     assert [part for part in parts if part not in line] == [], line
     assert not list(Path().rglob("*.tmp")) + list(Path().rglob(".*.tmp"))
     assert not Path("run").is_dir()  # the run folder is created after all checks
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_fewer_images_than_a_batch_train_with_a_warning(data_set, tiny_config, capsys):
+    main.main(flags(tiny_config(**data_set(TWENTY), batch_size=17)))
+    assert "warning: batch_size is 17, more than the training images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -207,6 +207,35 @@ def test_one_frozen_encoder_lets_the_other_train(tiny_config, tmp_path, monkeypa
     assert " M trained)" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("no_plots")
+def test_fine_tuning_starts_from_trained_heads_and_resumes(tiny_config, tmp_path, monkeypatch):
+    config = pretrained_config(tiny_config, tmp_path, head_epochs=2, freeze_batchnorm=True)
+    starts, build_optimizer = [], main.build_optimizer
+
+    def spy(model, config):
+        starts.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return build_optimizer(model, config)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main, "build_optimizer", spy)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):  # after the heads are trained
+        patch.setattr(main, "load_model", stop)
+        main.main(flags(config))
+    assert (Path(config.run) / "heads" / "results.json").exists() is False  # stopped in the report of the heads
+    main.main(["--resume", "--run", config.run])
+    heads = load_file(Path(config.run) / "heads" / "best" / "model.safetensors")
+    assert read_json(Path(config.run) / "heads" / "config.json")["epochs"] == 2
+    copied = ["logit_scale", *(name for name in heads if "projection" in name and name.endswith("weight"))]
+    assert len(copied) > 2 and all(torch.equal(starts[-1][name], heads[name]) for name in copied)
+    final = load_file(Path(config.run) / "best" / "model.safetensors")
+    statistics = [name for name in final if "running_" in name]
+    assert statistics and all(torch.equal(final[name], starts[-1][name]) for name in statistics)
+    weights = [name for name in final if name.startswith("image_encoder") and final[name].ndim == 4]
+    assert weights and not any(torch.equal(final[name], heads[name]) for name in weights)
+
+
 def fixed_evaluation(monkeypatch, rsums, losses, states=None):
     """Replace `main.evaluate` by given results; the evaluated weights are appended to `states`."""
     rsums, losses = iter(rsums), iter(losses)
