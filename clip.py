@@ -22,6 +22,7 @@ from modules import (
     build_image_encoder,
     build_text_backbone,
     build_text_encoder,
+    freeze_stages,
 )
 from utils.bootstrap import bootstrap_intervals
 from utils.cli import one_line
@@ -74,6 +75,7 @@ class CLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # t
         for encoder in ("image", "text"):
             getattr(self, f"{encoder}_encoder").requires_grad_(config.encoder_flag("trainable", encoder))
+        freeze_stages(self.image_encoder.backbone, config.frozen_stages)
         if config.num_projection_layers == 1:  # deeper heads are trained from scratch
             self.load_pretrained_projections(image_projection, text_projection)
 

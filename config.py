@@ -65,6 +65,7 @@ class Config:
     trainable: bool = setting(True, "train both encoders; false: train only the heads, on precomputed features")
     trainable_image_encoder: bool | None = setting(None, "trainable, for the image encoder only; none: as trainable")
     trainable_text_encoder: bool | None = setting(None, "trainable, for the text encoder only; none: as trainable")
+    frozen_stages: int = setting(0, "first stages of the image encoder that are not trained; the stem is one", 0, 100)
     freeze_batchnorm: bool = setting(False, "keep the BatchNorm statistics of the image encoder while it is trained")
     num_projection_layers: int = setting(1, "layers of each projection head; 1: linear, as in the paper", 1, 8)
     projection_dim: int = setting(256, "width of the shared embedding space", 2, 8192)
@@ -145,11 +146,11 @@ PRESETS = {
         "trainable": False, "captions_per_image": 5, "epochs": 40, "batch_size": 256, "head_lr": 2e-3, "dropout": 0.5,
         "scheduler": "cosine", "warmup_steps": 50,
     },
-    # LP-FT: heads on frozen encoders first, then both encoders at low learning rates.
+    # LP-FT: heads on frozen encoders first, then the image encoder without its first stages; tuned as preset frozen.
     "finetune": {
-        "head_epochs": 40, "freeze_batchnorm": True, "captions_per_image": 5, "epochs": 8, "batch_size": 64,
-        "image_encoder_lr": 1e-4, "text_encoder_lr": 2e-5, "head_lr": 1e-4, "dropout": 0.5, "scheduler": "cosine",
-        "warmup_steps": 50,
+        "head_epochs": 40, "trainable_text_encoder": False, "frozen_stages": 3, "freeze_batchnorm": True,
+        "captions_per_image": 5, "epochs": 6, "batch_size": 64, "image_encoder_lr": 2e-4, "head_lr": 1e-4,
+        "dropout": 0.5, "scheduler": "cosine", "warmup_steps": 50, "ema_decay": 0.98,
     },
     # Flickr8k from scratch in ten minutes on two CPU cores; tuned on the validation images. CBOW is as good as a
     # Transformer there and costs almost nothing, so five captions per image cost little more than one.

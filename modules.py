@@ -11,6 +11,7 @@ import torch
 import transformers
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import AttentionPool2d
+from timm.models import group_parameters
 from torch import nn
 
 from config import InputError
@@ -162,6 +163,16 @@ def build_timm_model(architecture, size, **model_args):
         nearest = max(step, round(size / step) * step)
         raise InputError(f"size is {size}, but {architecture} needs a multiple of {step}: pass --size {nearest}")
     return model
+
+
+def freeze_stages(backbone, count):
+    """Freeze the first stages of a timm model; its stem is the first one. Raises InputError if none would be left."""
+    stages = group_parameters(backbone, backbone.group_matcher(coarse=True)) if count else {}
+    if count and count >= len(stages):
+        raise InputError(f"frozen_stages is {count}, but the image encoder has {len(stages)}: use a lower number")
+    for stage in sorted(stages)[:count]:
+        for name in stages[stage]:
+            backbone.get_parameter(name).requires_grad_(False)
 
 
 def build_text_encoder(name, pooling, pretrained, vocab_size, layers=0, width=0):

@@ -246,3 +246,15 @@ def test_saved_model_with_paper_encoders_gives_the_same_embeddings(tiny_config, 
         loaded = load_model(tmp_path / text)
         assert torch.equal(loaded.encode_text(ids, mask), model.encode_text(ids, mask))
         assert torch.equal(loaded.encode_image(images), model.encode_image(images))
+
+
+@pytest.mark.parametrize(("count", "frozen"), [(0, ()), (2, ("conv1.", "bn1.", "layer1."))])
+def test_frozen_stages_are_the_first_ones(tiny_model, count, frozen):
+    backbone = tiny_model(model_name="test_resnet", frozen_stages=count).image_encoder.backbone
+    for name, parameter in backbone.named_parameters():
+        assert parameter.requires_grad != name.startswith(frozen), name
+
+
+def test_frozen_stages_must_leave_one(tiny_model):
+    with pytest.raises(InputError, match="frozen_stages is 5, but the image encoder has 5: use a lower number"):
+        tiny_model(model_name="test_resnet", frozen_stages=5)
