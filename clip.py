@@ -4,6 +4,8 @@ Shapes: B images with T captions, L tokens, F width of an encoder, D width of th
 """
 
 import math
+import shutil
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from config import InputError, build_config
+from config import DivergenceError, InputError, build_config
 from modules import (
     ImageEncoder,
     ProjectionHead,
@@ -26,12 +28,13 @@ from modules import (
 )
 from utils.bootstrap import bootstrap_intervals
 from utils.cli import one_line
+from utils.device import full_float32
 from utils.files import atomic_write, read_json, write_json
 from utils.model_checks import check_encoders
 from utils.pretrained import load_tokenizer
 from utils.runs import model_folder
 from utils.saved_model import build_empty, check_files, checked_content, read_header, read_tensors
-from utils.tiled_loss import tiled_contrastive_loss
+from utils.tiled_loss import dropped_pairs, tiled_contrastive_loss
 
 MAX_LOGIT_SCALE = math.log(100)  # section 2.5: similarities are multiplied by at most 100
 MAX_DENSE_LOGITS = 2**20  # larger (T, T) logit matrices are computed in tiles, which is then faster and smaller
@@ -89,7 +92,8 @@ class CLIP(nn.Module):
             image_features = self.image_encoder(batch.images)  # I_f: (B, 3, H, W) -> (B, F)
         image_embeddings = self.project_image(image_features)  # I_e: (B, F) -> (B, D)
         if text_features is None:
-            text_features = self.text_encoder(batch.input_ids, batch.attention_mask)  # T_f: (T, L) -> (T, F)
+            tokens = batch.input_ids, batch.attention_mask
+            text_features = self.text_encoder(*tokens, batch.text_parts)  # T_f: (T, L) -> (T, F)
         text_embeddings = self.project_text(text_features)  # T_e: (T, F) -> (T, D)
         return image_embeddings, text_embeddings
 
@@ -188,6 +192,7 @@ def contrastive_loss(
         logit_scale: t, the logarithm of the inverse temperature; a scalar.
         image_index: (T,) the row of the image that each caption belongs to; None: caption j belongs to image j.
         image_ids: (B,) images with the same id, and their captions, are never each other's negatives; None: all differ.
+            `tiled_loss.DROPPED`: the image and its captions, of weight 0, are nobody's negatives.
         weights: (B,) weight of each image and its captions in the means; None: all 1.
         group: process group over which the batch is spread; see `tiled_contrastive_loss`.
     """
@@ -196,18 +201,23 @@ def contrastive_loss(
         if len(image_embeddings) != len(text_embeddings):
             raise ValueError(f"{len(image_embeddings)} images and {len(text_embeddings)} captions: pass image_index")
         image_index = torch.arange(len(text_embeddings), device=device)
-    with torch.autocast(device.type, enabled=False):
+    exact = full_float32() if device.type == "cuda" else nullcontext()
+    with torch.autocast(device.type, enabled=False), exact:
         dtype = torch.promote_types(image_embeddings.dtype, torch.float32)  # float64 stays float64
         images, texts, t = image_embeddings.to(dtype), text_embeddings.to(dtype), logit_scale.to(dtype)
+        with_dropped = weights is not None
         weights = torch.ones_like(images[:, 0]) if weights is None else weights
         image_ids = torch.arange(len(images), device=device) if image_ids is None else image_ids
         if group is not None or len(texts) ** 2 > MAX_DENSE_LOGITS:
-            return tiled_contrastive_loss(images, texts, t, image_index, image_ids, weights, group)
+            return tiled_contrastive_loss(images, texts, t, image_index, image_ids, weights, group, with_dropped)
 
         captions = torch.arange(len(texts), device=device)
         logits = t.exp() * images @ texts.T  # (B, T)
         positive = torch.arange(len(images), device=device)[:, None] == image_index  # (B, T)
-        masked = (image_ids[:, None] == image_ids[image_index]) & ~positive  # (B, T)
+        masked = image_ids[:, None] == image_ids[image_index]  # (B, T)
+        if with_dropped:
+            masked |= dropped_pairs(image_ids, image_ids[image_index])
+        masked &= ~positive
         other_captions = (image_index[:, None] == image_index) & (captions[:, None] != captions)  # (T, T)
         # One row per caption, against all images; one row per (image, own caption), against other images' captions.
         text_logits = logits.T.masked_fill(masked.T, -math.inf)  # (T, B)
@@ -224,6 +234,7 @@ def contrastive_loss(
 
 
 @torch.no_grad()
+@full_float32()
 def retrieval_metrics(image_embeddings, text_embeddings, image_index, num_draws=0):
     """Recall at 1, 5 and 10 (percent), median ranks and rsum, under the five-caption protocol, as a dict.
 
@@ -234,7 +245,12 @@ def retrieval_metrics(image_embeddings, text_embeddings, image_index, num_draws=
         image_embeddings: (N, D), text_embeddings: (T, D).
         image_index: (T,) the row of each caption's image.
         num_draws: bootstrap draws for "ci95", the half widths of the recalls' 95% confidence intervals; 0: none.
+
+    Raises DivergenceError for embeddings that are not finite.
     """
+    for name, embeddings in (("image", image_embeddings), ("text", text_embeddings)):
+        if not embeddings.isfinite().all():
+            raise DivergenceError(f"{name} embeddings are not finite: lower the learning rates, or use float32")
     image_index = torch.as_tensor(image_index, device=image_embeddings.device)
     num_images, device = len(image_embeddings), image_embeddings.device
     best = torch.full((num_images,), -math.inf, device=device)  # each image's best own caption
@@ -300,6 +316,7 @@ def save_model(model, folder):
     folder = Path(folder)
     if not (folder / "config.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder / "tokenizer", ignore_errors=True)  # incomplete
         model.tokenizer.save_pretrained(folder / "tokenizer")
     write_json(folder / "config.json", model.saved_config)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}

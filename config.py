@@ -7,6 +7,7 @@ rebuilt from its run and never from today's defaults. It imports no torch: `--he
 import dataclasses
 import difflib
 import math
+import os
 from dataclasses import dataclass
 
 INF = math.inf
@@ -26,6 +27,12 @@ def setting(default, meaning, low=None, high=None, choices=None):
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def default_workers():
+    """One data loading process per CPU core that this process may use, at most 16 per machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(16, cores) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # set by torchrun
+
+
 # fmt: off
 @dataclass(frozen=True)
 class Config:
@@ -43,7 +50,7 @@ class Config:
     max_length: int = setting(200, "maximum caption length, tokens; longer captions are truncated", 4, 512)
     captions_per_image: int = setting(1, "captions per image in a batch; all are positives of the image", 1, 100)
     cache_images: bool = setting(True, "decode each image once, into a memory-mapped file")
-    num_workers: int = setting(4, "data loading processes; 0: load in the training process", 0, 256)
+    num_workers: int = setting(default_workers(), "data loading processes; 0: load in the training process", 0, 256)
     crop_scale: float = setting(0.5, "minimum area fraction of a random training crop; 1: no cropping", 0.05, 1)
     color_jitter: float = setting(0.2, "strength of the brightness, contrast and saturation jitter in training", 0, 1)
     seed: int = setting(42, "random seed of the split, weights, batch order and augmentation", 0, 2**31 - 1)
@@ -72,17 +79,17 @@ class Config:
     dropout: float = setting(0.1, "dropout in the projection heads", 0, 0.9)
 
     # ---- optimisation -----------------------------------------------------------------------------------------
-    epochs: int = setting(1, "number of epochs; each shows every (image, caption) pair once", 1, 100_000)
+    epochs: int = setting(5, "number of epochs; each shows every (image, caption) pair once", 1, 100_000)
     head_epochs: int = setting(0, "train only the projection heads first, for this many epochs, with the settings of "
                                "preset frozen (LP-FT); 0: no", 0, 100_000)
-    batch_size: int = setting(32, "images per step, summed over all processes", 2, 2**24)
+    batch_size: int = setting(64, "images per step, summed over all processes", 2, 2**24)
     micro_batch_size: int = setting(0, "images encoded at once (gradient caching); 0: the whole batch", 0, 2**24)
     image_encoder_lr: float = setting(1e-4, "learning rate of the image encoder", 0, 1)
     text_encoder_lr: float = setting(1e-5, "learning rate of the text encoder", 0, 1)
     head_lr: float = setting(1e-3, "learning rate of the projection heads and the temperature", 0, 1)
     weight_decay: float = setting(1e-3, "decoupled weight decay of weight matrices", 0, 10)
     max_grad_norm: float = setting(1.0, "maximum gradient norm; 0: no clipping", 0, INF)
-    scheduler: str = setting("plateau", "learning-rate schedule", choices=("plateau", "cosine"))
+    scheduler: str = setting("cosine", "learning-rate schedule", choices=("plateau", "cosine"))
     patience: int = setting(1, "plateau: epochs without a lower validation loss before a reduction", 0, 10_000)
     factor: float = setting(0.8, "plateau: factor by which the learning rates are multiplied", 0.01, 0.99)
     warmup_steps: int = setting(0, "cosine: linear warm-up, steps", 0, 10_000_000)

@@ -21,8 +21,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from config import InputError
 from utils.captions import FLICKR8K_HELP, find_captions_file, read_captions, train_tokenizer
+from utils.device_augmentation import draw_augmentation
 from utils.files import read_lines
-from utils.image_cache import EvaluationImages, ImageStore, open_images, prepare_worker, resize_image, to_tensor
+from utils.image_cache import EvaluationImages, ImageStore, open_images, prepare_worker, resize_image
 
 SPLIT_FILES = {"train": "*trainImages.txt", "validation": "*devImages.txt", "test": "*testImages.txt"}
 # Captions that match mention left or right, so their images must not be flipped.
@@ -161,9 +162,21 @@ def describe_splits(config, splits):
     official = find_split_files(find_captions_file(config.captions_path).parent)
     source = "official split files" if official else f"random split (seed {config.seed})"
     line = f"data: {counts} images, {captions:,} captions, {source}"
+    if shared := sum(count_shared(pairs) for pairs in splits.values()):
+        line += f"\nnote: {shared:,} captions occur at several images; recalls count only the own image as correct"
     if config.batch_size > len(splits["train"].files):
-        line += f"\nwarning: batch_size is {config.batch_size}, more than the training images; one batch has all of them"
+        line += (
+            f"\nwarning: batch_size is {config.batch_size}, more than the training images; one batch has all of them"
+        )
     return line
+
+
+def count_shared(pairs):
+    """The number of captions that are also captions of another image of the split."""
+    images = {}
+    for caption, image in zip(pairs.captions, pairs.image_index.tolist(), strict=True):
+        images.setdefault(" ".join(caption.lower().split()), set()).add(image)
+    return sum(len(images[" ".join(caption.lower().split())]) > 1 for caption in pairs.captions)
 
 
 def check_files(files, where="image_path"):
@@ -246,17 +259,22 @@ class Batch:
     input_ids: torch.Tensor | None = None  # (T, L)
     attention_mask: torch.Tensor | None = None  # (T, L)
     text_features: torch.Tensor | None = None  # (T, F), in place of the tokens
+    text_parts: tuple | None = None  # of (captions, tokens): captions sorted by length, for a GPU; None: one part
     weights: torch.Tensor | None = None  # (B,) loss weights; None: all 1
+    augmentation: torch.Tensor | None = None  # (B, 8) parameters of `augment_images`; then `images` are as stored
 
     def __len__(self):
         return len(self.image_ids)
 
     def to(self, device):
-        return Batch(**{name: x.to(device, non_blocking=True) for name, x in vars(self).items() if x is not None})
+        return self.map(lambda x: x.to(device, non_blocking=True))
 
     def pin_memory(self):
         """Called by the DataLoader."""
-        return Batch(**{name: x.pin_memory() for name, x in vars(self).items() if x is not None})
+        return self.map(torch.Tensor.pin_memory)
+
+    def map(self, function):
+        return Batch(**{name: function(x) if torch.is_tensor(x) else x for name, x in vars(self).items()})
 
 
 def pair_targets(batches):
@@ -345,9 +363,11 @@ class TrainingPairs(Dataset):
     """Training items keyed by (epoch, image, captions); the crop depends only on the seed and the key.
 
     `image_features` (N, F) or `text_features` (T, F), if given, are used in place of the input of a frozen encoder.
+    on_device: images stay as stored, to be augmented on the device with parameters that are drawn here.
     """
 
-    def __init__(self, pairs, store, tokens, pad_id, config, image_features=None, text_features=None):
+    def __init__(self, pairs, store, tokens, pad_id, config, image_features=None, text_features=None, on_device=False):
+        self.on_device, self.config = on_device, config
         self.store, self.tokens, self.pad_id, self.seed = store, tokens, pad_id, config.seed
         self.image_features, self.text_features = image_features, text_features
         self.transform = TrainTransform(config.size, config.crop_scale, config.color_jitter)
@@ -358,8 +378,11 @@ class TrainingPairs(Dataset):
         if self.image_features is not None:
             return image, captions, self.image_features[image]
         flip = not self.sided[list(captions)].any()  # a flipped image would contradict "left"
-        pixels = self.transform(self.store[image], [self.seed, epoch, image, captions[0]], flip)
-        return image, captions, to_tensor(pixels)
+        seed = [self.seed, epoch, image, captions[0]]
+        if self.on_device:
+            drawn = draw_augmentation(seed, flip, self.config.crop_scale, self.config.color_jitter)
+            return image, captions, (self.store[image], drawn)
+        return image, captions, self.transform(self.store[image], seed, flip)
 
     def collate(self, items):
         """The `Batch` of a list of items."""
@@ -367,21 +390,43 @@ class TrainingPairs(Dataset):
         captions = [caption for group in groups for caption in group]
         counts = torch.tensor([len(group) for group in groups])
         batch = Batch(torch.repeat_interleave(torch.arange(len(items)), counts), torch.tensor(images))
-        setattr(batch, "images" if self.image_features is None else "image_features", torch.stack(inputs))
+        if self.image_features is None:
+            if self.on_device:
+                inputs, drawn = zip(*inputs, strict=True)
+                batch.augmentation = torch.from_numpy(np.stack(drawn))
+            batch.images = torch.from_numpy(np.stack(inputs)).permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W)
+        else:
+            batch.image_features = torch.stack(inputs)
         if self.text_features is not None:
             batch.text_features = self.text_features[captions]
         else:
             arrays = [self.tokens[caption] for caption in captions]
+            if self.on_device:
+                order = sorted(range(len(arrays)), key=lambda row: len(arrays[row]))
+                arrays, batch.image_index = [arrays[row] for row in order], batch.image_index[order]
+                batch.text_parts = split_by_length([len(ids) for ids in arrays])
             batch.input_ids, batch.attention_mask = pad_tokens(arrays, self.pad_id)
         return batch
 
 
-def make_loader(dataset, num_workers, pin_memory=False, **options):
-    """A DataLoader that does not touch the global random state and keeps its workers between epochs."""
+def split_by_length(lengths):
+    """Parts of captions sorted by length, a tuple of (captions, tokens); tokens are a multiple of 8 or the maximum.
+
+    At most four parts of at least 32 captions: a smaller one would not fill a GPU.
+    """
+    parts = split_evenly(lengths, min(4, max(1, len(lengths) // 32)))
+    return tuple((len(part), min(-(-part[-1] // 8) * 8, lengths[-1])) for part in parts)
+
+
+def make_loader(dataset, num_workers, num_batches=1, **options):
+    """A DataLoader that does not touch the global random state and keeps its workers between epochs.
+
+    num_batches: the (micro-)batches of a step, which are loaded during the step before.
+    """
     return DataLoader(
         dataset,
         num_workers=num_workers,
-        pin_memory=pin_memory,
+        prefetch_factor=max(2, -(-num_batches // num_workers)) if num_workers else None,
         persistent_workers=num_workers > 0,
         worker_init_fn=prepare_worker if num_workers else None,
         generator=torch.Generator(),

@@ -22,7 +22,7 @@ from config import InputError
 from utils.cli import exit_on_input_error, progress_bar, sigterm_as_interrupt
 from utils.files import write_json
 from utils.gan_settings import SETTINGS, check_split, conditioning_run, gan_settings, parse_gan_config
-from utils.runs import gan_run_folder, stage_1_folder
+from utils.runs import gan_run_folder, lock_run, stage_1_folder
 
 if __name__ == "__main__":
     exit_on_input_error(parse_gan_config)()  # before the heavy imports, so that --help and flag errors return at once
@@ -35,10 +35,11 @@ from clip import load_model
 from dataset import SIDED, Batch, TokenStore, derive_seed, filter_pairs, load_splits, mentions, pad_tokens
 from utils import gan_data
 from utils.clip_filter import CLIPFilter, captions_to_generate, check_settings
-from utils.device import autocast, setup_device
+from utils.device import autocast, setup_device, to_device
 from utils.distributed import all_reduce_sum
 from utils.embed import embed_captions
 from utils.gan_layers import CONDITION_DIM, NOISE_DIM, CaptionConditioning, DownBlock, UpBlock, leaky, stage_channels
+from utils.tiled_loss import DROPPED
 
 ADAM_BETAS = (0.0, 0.9)  # as in DF-GAN
 R1_INTERVAL = 8  # steps; the penalty is multiplied by it (lazy regularisation, StyleGAN2)
@@ -157,6 +158,7 @@ class GAN:
             network.caption.fit(embeddings)
             network.to(device, memory_format=torch.channels_last)
         self.ema = copy.deepcopy(self.generator).requires_grad_(False).eval()
+        self.averaged = [list(network.parameters()) for network in (self.ema, self.generator)]
         adam = partial(torch.optim.Adam, betas=ADAM_BETAS, fused=device.type in ("cuda", "cpu"))
         self.generator_optimizer = adam(self.generator.parameters(), lr)
         self.discriminator_optimizer = adam(self.discriminator.parameters(), 2 * lr)
@@ -213,8 +215,7 @@ class GAN:
     def update_ema(self, count):
         """The half-life is 5% of the images seen so far, at most 10,000 images (StyleGAN2-ADA)."""
         half_life = min(10_000, 0.05 * (self.step + 1) * count)
-        ema, new = list(self.ema.parameters()), list(self.generator.parameters())
-        torch._foreach_lerp_(ema, new, 1 - 0.5 ** (count / half_life))
+        torch._foreach_lerp_(*self.averaged, 1 - 0.5 ** (count / half_life))
 
     def state_dict(self):
         return {"step": self.step, **{name: getattr(self, name).state_dict() for name in self.PARTS}}
@@ -255,9 +256,11 @@ def train_gan(config):
     gan = GAN(architecture, train.embeddings, config.gan_lr, device, amp_dtype)
     history, settings = gan_data.load_checkpoint(gan, folder), {name: getattr(config, name) for name in SETTINGS}
     write_json(folder / "config.json", {"settings": settings})  # makes the first epoch resumable
+    sample, steps = partial(generate, gan.ema), len(train.images) // config.gan_batch_size
     if history:
         gan_data.save_generator(gan.ema, folder, settings=settings)  # in case it was deleted
-    sample, steps = partial(generate, gan.ema), len(train.images) // config.gan_batch_size
+        gan_data.write_history(history, folder)  # a killed process may have left these two one epoch behind
+        gan_data.plot_samples(sample, validation, folder / "samples.png")
     with progress_bar(total=config.gan_epochs * steps, initial=len(history) * steps, desc="GAN", unit="step") as bar:
         for epoch in range(len(history), config.gan_epochs):
             torch.manual_seed(derive_seed(config.seed, epoch))
@@ -294,7 +297,7 @@ def train_epoch(gan, clip, data, config, steps, bar):
 def generate(generator, embeddings, seed, size=None):
     """Images (B, 3, S, S) in [0, 1] for embeddings (B, D), resized to `size`; seed: an integer or a torch.Generator."""
     random = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
-    noise = torch.randn(len(embeddings), NOISE_DIM, generator=random).to(embeddings.device)
+    noise = to_device(torch.randn(len(embeddings), NOISE_DIM, generator=random), embeddings.device)
     images = (generator(noise, embeddings) + 1) / 2
     return images if size is None else gan_data.resize_images(images, size)
 
@@ -349,22 +352,29 @@ class GANAugmentation:
             return []
         num_parts = math.ceil(len(chosen) / (config.micro_batch_size or config.batch_size))
         parts = chosen.tensor_split(min(num_parts, len(chosen) // 2))  # a single-image part would be dropped
-        batches = [self.generate_batch(part.to(self.device), random) for part in parts]
+        batches = [self.generate_batch(part, random) for part in parts]
         return [batch for batch in batches if batch is not None]
 
     def generate_batch(self, chosen, random):
-        """A `Batch` for caption indices (B,), of images that pass the filter; None if fewer than two (BatchNorm)."""
+        """A `Batch` for caption indices (B,), of images that pass the filter; None if fewer than two (BatchNorm).
+
+        chosen: on the CPU.
+        """
+        tokens = pad_tokens([self.tokens[caption] for caption in chosen.tolist()], self.pad_id)
+        chosen, *tokens = (to_device(x, self.device) for x in (chosen, *tokens))
         images = self.generate_images(chosen, random)
-        kept = self.clip_filter(images, chosen)
+        rows, kept = kept_rows(self.clip_filter(images, chosen))
         self.counts[0] += len(chosen)
-        chosen, images = chosen[kept], images[kept]
-        if len(chosen) < 2:
+        if len(rows) < 2:
             return None
-        self.counts[1] += len(chosen)
-        input_ids, mask = pad_tokens([self.tokens[caption] for caption in chosen.tolist()], self.pad_id)
-        rows, weights = torch.arange(len(chosen)), torch.full((len(chosen),), self.config.gan_weight)
-        batch = Batch(rows, self.image_ids[chosen], images, input_ids=input_ids, attention_mask=mask, weights=weights)
-        return batch.to(self.device)
+        self.counts[1] += kept.sum()
+        images, weights = images[rows], self.config.gan_weight * kept
+        if self.device.type != "cpu":
+            images = torch.where(kept[:, None, None, None], images, images.nan_to_num())  # 0 times NaN would be NaN
+        image_ids = self.image_ids[chosen[rows]].masked_fill(~kept, DROPPED)
+        input_ids, mask = (x[rows] for x in tokens)
+        index = torch.arange(len(rows), device=self.device)
+        return Batch(index, image_ids, images, input_ids=input_ids, attention_mask=mask, weights=weights)
 
     def generate_images(self, chosen, random):
         """(B, 3, size, size) images in [0, 1] for caption indices (B,)."""
@@ -390,6 +400,20 @@ class GANAugmentation:
         self.counts.copy_(state["counts"])
 
 
+def kept_rows(kept):
+    """Row indices (R,) and which of these rows take part in the loss, for booleans (B,).
+
+    On a CPU they are the true rows. On a GPU the host would have to wait for their number: there R is B, and copies of
+    true rows that take no part replace the false ones.
+    """
+    if kept.device.type == "cpu":
+        rows = kept.nonzero()[:, 0]
+        return rows, torch.ones_like(rows, dtype=torch.bool)
+    number, count = torch.arange(len(kept), device=kept.device), kept.sum()
+    true_first = kept.to(torch.uint8).argsort(descending=True, stable=True)
+    return true_first[number % count.clamp(min=1)], number < count
+
+
 def build_augmentation(config, pairs, model, device, amp_dtype):
     """The `GANAugmentation` for `config.gan`, "pairs" or "joint"."""
     kind = GANAugmentation
@@ -402,11 +426,12 @@ def build_augmentation(config, pairs, model, device, amp_dtype):
 def main(argv=None):
     """Train the GAN of a trained run."""
     config = parse_gan_config(argv)
-    try:
-        folder = train_gan(config)
-    except KeyboardInterrupt:
-        print(f"\nstopped; to continue: python gan.py --resume --run {config.run}", flush=True)
-        raise SystemExit(130) from None
+    with lock_run(config.run):
+        try:
+            folder = train_gan(config)
+        except KeyboardInterrupt:
+            print(f"\nstopped; to continue: python gan.py --resume --run {config.run}", flush=True)
+            raise SystemExit(130) from None
     print(f"generator.safetensors and samples.png are in {folder}")
     print(f"to train CLIP with its images: python main.py --gan pairs --gan_run {config.run} ...", flush=True)
 

@@ -2,14 +2,15 @@
 
 import math
 import os
+import signal
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from utils.cli import exit_on_input_error, sigterm_as_interrupt, stop_signals
-from utils.runs import resolve_run
+from utils.cli import error_line, exit_on_input_error, sigterm_as_interrupt, stop_signals
+from utils.runs import claim_run, resolve_run
 
 if __name__ == "__main__":
     exit_on_input_error(resolve_run)()  # before the heavy imports, so that --help and flag errors return at once
@@ -32,8 +33,9 @@ from dataset import (
 )
 from utils.checkpoint import create_run_folder, load_checkpoint, save_checkpoint
 from utils.device import setup_device
+from utils.device_augmentation import augment_images
 from utils.distributed import (
-    all_reduce_sum,
+    GradientReducer,
     average_batchnorm_stats,
     first_process_first,
     init_processes,
@@ -46,9 +48,10 @@ from utils.embed import embed_split, precompute_features
 from utils.files import write_json
 from utils.flags import format_config
 from utils.grad_cache import cached_backward, frozen_batchnorm_stats
-from utils.log import describe_model, epoch_bar, log_epoch, log_step, print_once
+from utils.log import check_training, describe_model, epoch_bar, log_epoch, log_step, print_once
 from utils.match_rates import save_match_threshold
 from utils.model_checks import check_model
+from utils.overflow import OverflowGuard
 from utils.plotting import plot_curves, plot_matches
 from utils.synthetic import generate_dataset
 
@@ -110,16 +113,17 @@ def train(config):
         loss_sum=torch.zeros((), device=device, dtype=torch.float32 if device.type == "mps" else torch.float64),
     )
     resumed = load_checkpoint(state, folder)
-    create_run_folder(folder, config)
+    create_run_folder(folder, config, state.history)
     if resumed and state.epoch < config.epochs:
         print_once(f"resuming {folder} at epoch {state.epoch + 1}, batch {state.batch}")
 
     with stop_signals() as stop:
         while state.epoch < config.epochs:
             stats = train_one_epoch(state, sampler, loader, config, amp_dtype, stop)
+            check_training(state, state.loss_sum)
             if stop.requested:
                 save_checkpoint(state, folder)
-                raise KeyboardInterrupt
+                raise stop.reason
             metrics, validation_loss = evaluate(state.eval_model, splits["validation"], amp_dtype, config)
             if config.scheduler == "plateau":
                 state.scheduler.step(validation_loss)
@@ -153,37 +157,33 @@ def train_heads(model, config):
 
 def train_one_epoch(state, sampler, loader, config, amp_dtype, stop):
     """Train from `state.batch` to the end of the epoch, or until a stop is requested; returns its statistics."""
-    model, device, group = state.model, state.model.device, process_group()
+    model, group = state.model, process_group()
     rank, world_size = rank_and_world_size()
     sampler.epoch, sampler.start = state.epoch, state.batch
     model.train()
+    guard = OverflowGuard(model, state.scaler) if state.scaler.is_enabled() else None
+    reducing = GradientReducer(model) if group else nullcontext()
     stats = {"images": 0, "data_time": 0.0, "start": time.perf_counter()}
     saved = stats["start"]
-    with epoch_bar(state, sampler, config) as bar:
-        for micro_batches in load_steps(loader, sampler, stop, stats):
+    with epoch_bar(state, sampler, config) as bar, reducing as reducer:
+        for batches in load_steps(loader, sampler, model, stop, stats):
             # Random numbers depend on the step alone, so a resumed run draws the same dropout masks.
             torch.manual_seed(derive_seed(config.seed, state.step, rank))
-            batches, generated = [batch.to(device) for batch in micro_batches], []
-            image_ids = torch.cat([batch.image_ids for batch in batches])
+            image_ids, generated = torch.cat([batch.image_ids for batch in batches]), []
             progress = state.step / (config.epochs * sampler.num_batches)
             if state.augmentation:
                 generated = state.augmentation.sample(len(image_ids), state.step, progress, rank)
-            targets = pair_targets([*batches, *generated])
 
-            if len(batches) > 1:
-                loss_function = partial(contrastive_loss, logit_scale=model.logit_scale, **targets, group=group)
-                loss = cached_backward(model, batches, generated, loss_function, amp_dtype, state.scaler)
-            else:
-                image_embeddings, text_embeddings = encode(model, batches[0], generated, device, amp_dtype)
-                loss = contrastive_loss(image_embeddings, text_embeddings, model.logit_scale, **targets, group=group)
-                state.scaler.scale(loss).backward()
-            loss = loss.detach()
+            if guard:
+                guard.save()
+            loss = backward(state, batches, generated, amp_dtype, group, reducer)
             if group:
-                all_reduce_sum([loss, *(p.grad for p in model.parameters() if p.grad is not None)])
+                reducer.finish(loss)
                 average_batchnorm_stats(model)
             state.scaler.unscale_(state.optimizer)
             if config.max_grad_norm:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+            overflow = guard.restore(state.optimizer) if guard else None
             state.scaler.step(state.optimizer)
             state.scaler.update()
             state.optimizer.zero_grad(set_to_none=True)
@@ -191,10 +191,12 @@ def train_one_epoch(state, sampler, loader, config, amp_dtype, stop):
             if config.scheduler == "cosine":
                 state.scheduler.step()
             if state.ema:
-                state.ema.update(model, state.step)
+                state.ema.update(state.step, overflow)
             if state.augmentation:
                 state.augmentation.train_step(model, image_ids, state.step, progress)
 
+            if overflow is not None:  # the mean of the epoch in place of a loss that is not finite
+                loss = torch.where(overflow & ~loss.isfinite(), state.loss_sum / max(1, state.batch), loss)
             state.loss_sum += loss
             state.batch, state.step = state.batch + 1, state.step + 1
             stats["images"] += world_size * len(image_ids)
@@ -206,37 +208,66 @@ def train_one_epoch(state, sampler, loader, config, amp_dtype, stop):
     return {**stats, "seconds": time.perf_counter() - stats["start"]}
 
 
-def encode(model, batch, generated, device, amp_dtype):
+def backward(state, batches, generated, amp_dtype, group=None, reducer=None):
+    """Accumulate the gradients of the (scaled) loss of a step; returns the loss.
+
+    batches: micro-batches of real images; generated: batches of generated ones; reducer: a `GradientReducer`.
+    """
+    model, targets = state.model, pair_targets([*batches, *generated])
+    loss_function = partial(contrastive_loss, logit_scale=model.logit_scale, **targets, group=group)
+    if len(batches) > 1:
+        return cached_backward(model, batches, generated, loss_function, amp_dtype, state.scaler, reducer)
+    loss = loss_function(*encode(model, batches[0], generated, amp_dtype))
+    if reducer:
+        reducer.start()
+    state.scaler.scale(loss).backward()
+    return loss.detach()
+
+
+def encode(model, batch, generated, amp_dtype):
     """The embeddings of a batch and of generated batches, concatenated.
 
     Generated images do not change the running statistics of BatchNorm.
     """
-    with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
+    mixed = partial(torch.autocast, batch.image_ids.device.type, amp_dtype, enabled=amp_dtype is not None)
+    with mixed():
         outputs = [model(batch)]
     if not generated:
         return outputs[0]
     with frozen_batchnorm_stats(model):
         for batch in generated:
-            with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
+            with mixed():
                 outputs.append(model(batch))
     return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
 
 
-def load_steps(loader, sampler, stop, stats):
-    """Yield the micro-batches of each step, and measure the time spent waiting for them."""
-    iterator = iter(loader)
+def load_steps(loader, sampler, model, stop, stats):
+    """Yield the micro-batches of each step on the device, and measure the time spent waiting for them."""
+    iterator, device = iter(loader), model.device
+    if hasattr(signal, "SIGCHLD"):
+        # PyTorch would raise in the middle of a step when a loader process ends; the loader below also detects it.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for count in sampler.micro_batch_counts():
         start = time.perf_counter()
         if stop.requested:
             return
         try:
-            micro_batches = [next(iterator) for _ in range(count)]
-        except RuntimeError:
-            if stop.requested:  # the loader processes received the signal too
-                return
-            raise
+            stop.waiting = True
+            batches = [next(iterator).to(device) for _ in range(count)]
+            stop.waiting = False
+        except (KeyboardInterrupt, RuntimeError, ConnectionError, EOFError) as error:
+            if isinstance(error, (ConnectionError, EOFError)):
+                error = RuntimeError(f"DataLoader worker (pid unknown): {error!r}")
+            if process_group() or not (stop.requested or error_line(error)):
+                raise
+            stop.reason = stop.reason if stop.requested else error  # a loader process was killed: stop, too
+            stop.requested = True
+            return
         stats["data_time"] += time.perf_counter() - start
-        yield micro_batches
+        for batch in batches:
+            if batch.augmentation is not None:  # not yet augmented
+                batch.images = augment_images(batch.images, batch.augmentation, model.config.size)
+        yield batches
 
 
 def build_model(config, captions, device):
@@ -319,11 +350,12 @@ def build_loader(model, pairs, config):
     """The sampler of the training pairs, and the loader of its micro-batches."""
     tokens = TokenStore(model.tokenizer, pairs.captions, model.max_length)
     features = pairs.image_features, pairs.text_features
-    dataset = TrainingPairs(pairs, pairs.images, tokens, model.tokenizer.pad_token_id, config, *features)
+    pad_id, on_device = model.tokenizer.pad_token_id, model.device.type == "cuda"
+    dataset = TrainingPairs(pairs, pairs.images, tokens, pad_id, config, *features, on_device=on_device)
     sampler = PairSampler(pairs, config, *rank_and_world_size())
     workers = 0 if all(x is not None for x in features) else config.num_workers
-    pin_memory = model.device.type == "cuda"
-    return sampler, make_loader(dataset, workers, pin_memory, batch_sampler=sampler, collate_fn=dataset.collate)
+    options = {"pin_memory": model.device.type == "cuda", "batch_sampler": sampler, "collate_fn": dataset.collate}
+    return sampler, make_loader(dataset, workers, max(sampler.micro_batch_counts()), **options)
 
 
 # ---- evaluation -------------------------------------------------------------------------------------------------
@@ -356,10 +388,10 @@ def report(state, splits, config, device, amp_dtype):
     metrics = retrieval_metrics(images, texts, pairs.image_index, num_draws=1000)
     results = {"split": split, "images": len(pairs.files), **metrics}
     if is_first_process():
-        write_json(folder / "results.json", results)
         plot_curves(state.history, folder / "curves.png")
         plot_matches(pairs, images, texts, folder / "matches.png")
         save_match_threshold(folder, splits["validation"], *validation)  # so that a search needs no validation images
+        write_json(folder / "results.json", results)  # last: it marks the run as finished
         print(f"\n{split} split, {results['images']:,} images:\n{format_metrics(metrics)}")
         print(f"model, curves.png and matches.png are in {folder}")
         print(f'to search: python inference.py "a sentence" --run {folder.as_posix()}', flush=True)
@@ -373,7 +405,13 @@ def report(state, splits, config, device, amp_dtype):
 def main(argv=None):
     """Train CLIP; `--gan` without `--gan_run` first trains a CLIP on real images and a GAN."""
     config, sources = resolve_run(argv)
-    print_once(format_config(config, sources))
+    with claim_run(config, sources) if is_first_process() else nullcontext(config) as config:
+        print_once(format_config(config, sources))
+        return train_all(config)
+
+
+def train_all(config):
+    """The results of all stages of a training, in one or several processes; a stop is reported in a line."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     all_stages = config.gan != "none" and not config.gan_run
     if several and (all_stages or config.gan == "joint"):

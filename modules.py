@@ -30,6 +30,9 @@ from utils.pretrained import (
 # Captions encoded at once on a CPU, times the encoder's width. Measured on two cores, forward and backward: for
 # DistilBERT (width 768), 16 was faster than 8 and 32; for width 128, 64 and 320 were faster than 16 and 32.
 CPU_CAPTIONS_TIMES_WIDTH = 16 * 768
+# Models of transformers that take a ready mask. They read a (T, L) mask, because they need none where nothing is
+# padded, and the host would wait for the GPU.
+READY_MASK = ("albert", "bert", "distilbert", "electra", "roberta", "xlm-roberta")
 
 
 class ImageEncoder(nn.Module):
@@ -69,8 +72,17 @@ class TextEncoder(nn.Module):
         config = self.backbone.config
         return vars(config) if isinstance(config, SimpleNamespace) else config.to_dict()
 
-    def forward(self, input_ids, attention_mask):
-        """On a CPU, captions of similar length are encoded together; on a GPU, reading the lengths would stall."""
+    def forward(self, input_ids, attention_mask, parts=None):
+        """Captions of similar length are encoded together.
+
+        parts: the sizes of such groups of consecutive captions, (captions, tokens) each. On a CPU they are formed here;
+        on a GPU, reading the lengths would stall.
+        """
+        if parts:
+            inputs = zip(
+                *(x.split([rows for rows, _ in parts]) for x in (input_ids, attention_mask)), parts, strict=True
+            )
+            return torch.cat([self.encode(ids[:, :length], mask[:, :length]) for ids, mask, (_, length) in inputs])
         if input_ids.device.type != "cpu":
             return self.encode(input_ids, attention_mask)
         lengths = attention_mask.sum(1)
@@ -82,7 +94,8 @@ class TextEncoder(nn.Module):
         return torch.cat(features)[order.argsort()]
 
     def encode(self, input_ids, attention_mask):
-        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # (T, L, F)
+        mask = attention_mask if input_ids.device.type == "cpu" else self.ready_mask(attention_mask)
+        hidden = self.backbone(input_ids=input_ids, attention_mask=mask).last_hidden_state  # (T, L, F)
         if self.pooling == "cls":
             return hidden[:, 0]  # (T, L, F) -> (T, F)
         if self.pooling == "end":
@@ -90,6 +103,15 @@ class TextEncoder(nn.Module):
             return hidden[torch.arange(len(hidden), device=hidden.device), attention_mask.sum(1) - 1]
         weights = attention_mask.unsqueeze(-1).to(hidden.dtype)  # (T, L) -> (T, L, 1)
         return (hidden * weights).sum(1) / weights.sum(1)  # (T, L, F) -> (T, F)
+
+    def ready_mask(self, attention_mask):
+        """The mask of the backbone's attention, (T, L) -> (T, 1, 1, L) boolean, or None for a causal one."""
+        config = self.backbone.config
+        if config.model_type == "clip_text_model":
+            return None  # the padding is on the right, where no token but padding sees it
+        if config.model_type in READY_MASK and config._attn_implementation == "sdpa":
+            return attention_mask[:, None, None, :].bool()
+        return attention_mask
 
 
 def max_positions(backbone):

@@ -24,8 +24,7 @@ def measure(name, job, mode, seconds):
     import timm
     import torch
 
-    from utils.device import keep_freed_memory
-    from utils.device import autocast
+    from utils.device import autocast, keep_freed_memory
     from utils.embed import CPU_IMAGES
     from utils.fold import fold_batchnorm
 

@@ -78,7 +78,7 @@ class Shuffled(gan.GANAugmentation):
     def generate_batch(self, chosen, random):
         batch = super().generate_batch(chosen, random)
         if batch is not None:
-            for name in ("input_ids", "attention_mask", "image_ids"):
+            for name in ("input_ids", "attention_mask", "image_ids", "weights"):
                 setattr(batch, name, getattr(batch, name).roll(1, 0))
         return batch
 

@@ -33,6 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 from clip import CLIP, contrastive_loss
 from dataset import pair_targets
 from utils.device import autocast
+from utils.device_augmentation import augment_images
 from utils.grad_cache import cached_backward
 
 SETTINGS = ("model_name", "text_layers", "text_width", "size", "batch_size", "captions_per_image", "num_workers")
@@ -109,6 +110,9 @@ class ProgramLoop(TrainingLoop):
         times, batches, optimizer = [], iter(self.seen), self.state.optimizer
         for count in self.seen_counts:
             micro_batches = [batch.to(self.device) for batch in itertools.islice(batches, count)]
+            for batch in micro_batches:
+                if batch.augmentation is not None:
+                    batch.images = augment_images(batch.images, batch.augmentation, self.config.size)
             start = synchronized_time(self.device)
             forward_backward(self.model, micro_batches, self.amp_dtype)
             middle = synchronized_time(self.device)

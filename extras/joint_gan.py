@@ -55,14 +55,16 @@ class JointGAN(GANAugmentation):
         self.generator = self.gan.ema
         self.ema = EMA(model, CLIP_EMA_DECAY)
         self.clip_ema = self.ema.module
-        self.training_tokens = TokenStore(model.tokenizer, pairs.captions, model.max_length)
+        tokens = TokenStore(model.tokenizer, pairs.captions, model.max_length)
+        tokens = pad_tokens([tokens[caption] for caption in range(len(tokens))], self.pad_id)
+        self.input_ids, self.attention_mask = (x.to(torch.int32).to(device) for x in tokens)  # (T, L)
 
     def train_step(self, model, image_ids, step, progress):
         """Update the EMA of CLIP and, while generated pairs are added, train the GAN on images of CLIP's last batch."""
-        self.ema.update(model, step)
+        self.ema.update(step)
         if not self.is_active(progress):  # early on, CLIP cannot yet guide the generator
             return
-        batch = self.data.batch(image_ids.to(self.device)[: self.config.gan_batch_size])
+        batch = self.data.batch(image_ids[: self.config.gan_batch_size])
         texts, weight = batch.mix(self.encode), self.config.gan_clip_weight
         guidance = partial(clip_guidance, self.clip_ema, texts, weight, self.amp_dtype)
         embeddings, mismatched = batch.mix(self.data.embed), self.data.embed(batch.hard_negatives)
@@ -71,9 +73,8 @@ class JointGAN(GANAugmentation):
     @torch.no_grad()
     def encode(self, captions):
         """(B, D) embeddings by the EMA of CLIP of the training captions with these indices (B,)."""
-        input_ids, mask = pad_tokens([self.training_tokens[caption] for caption in captions.tolist()], self.pad_id)
         with autocast(self.device, self.amp_dtype):
-            return self.clip_ema.encode_text(input_ids.to(self.device), mask.to(self.device))
+            return self.clip_ema.encode_text(self.input_ids[captions].long(), self.attention_mask[captions].long())
 
     def end_epoch(self, folder):
         save_generator(self.gan.ema, folder / "gan", conditioning_run=relative_path(self.clip_run, folder))

@@ -6,11 +6,13 @@ the balanced accuracy, the mean of the true positive and the true negative rate.
 """
 
 import contextlib
+import sys
 
 import numpy as np
 
 from config import InputError
 from dataset import load_splits
+from utils.cli import one_line
 from utils.embed import embed_captions
 from utils.files import read_json, write_json
 from utils.match_rates import DIRECTIONS, GRID, MAX_IMAGES, RATES, fit_rates, matching_pairs
@@ -24,13 +26,12 @@ def load_match_rates(runs):
     """The rates of an ensemble of `search_index.Run`, fitted and saved at first use; None without validation images."""
     hashes = "-".join(run.hash[:8] for run in runs)
     path = runs[0].folder / f"match_threshold-{hashes}.json"
-    with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):  # missing or damaged
-        content = read_json(path if path.exists() else path.with_name(f"calibration-{hashes}.json"))
-        rates = {d: {OLD_NAMES.get(name, name): value for name, value in content[d].items()} for d in DIRECTIONS}
-        values = np.array([rates[d][name] for d in DIRECTIONS for name in RATES], dtype=float)
-        num_candidates = min(rates[d]["num_candidates"] for d in DIRECTIONS)
-        if values.shape == (4, len(GRID)) and np.isfinite(values).all() and num_candidates >= 1:
-            return rates
+    saved = path if path.exists() else path.with_name(f"calibration-{hashes}.json")
+    if saved.exists():
+        try:
+            return read_rates(saved)
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+            print(f"match threshold {saved} is damaged ({one_line(error)}): it is fitted again", file=sys.stderr)
     try:
         pairs = load_splits(runs[0].model.config)["validation"]
     except InputError:
@@ -43,6 +44,19 @@ def load_match_rates(runs):
     rates = fit_rates(scores, matching_pairs(pairs, *scores.shape))
     with contextlib.suppress(OSError):  # a read-only folder: fitted again next time
         write_json(path, rates)
+    return rates
+
+
+def read_rates(path):
+    """The rates in a file; raises AttributeError, KeyError, OverflowError, TypeError or ValueError if it is damaged."""
+    content = read_json(path)
+    rates = {d: {OLD_NAMES.get(name, name): value for name, value in content[d].items()} for d in DIRECTIONS}
+    values = np.array([rates[d][name] for d in DIRECTIONS for name in RATES], dtype=float)
+    counts = [rates[d]["num_candidates"] for d in DIRECTIONS]
+    if values.shape != (4, len(GRID)) or not ((values >= 0) & (values <= 1)).all():
+        raise ValueError("the rates are not shares")
+    if not all(type(count) is int and 1 <= count < 2**53 for count in counts):
+        raise ValueError(f"num_candidates is {counts}")
     return rates
 
 

@@ -8,6 +8,7 @@ renamed, copied or touched files are not embedded again.
 import hashlib
 import os
 import sys
+import time
 from dataclasses import dataclass
 from functools import partial
 from itertools import compress
@@ -23,13 +24,18 @@ from config import InputError, build_config
 from dataset import load_splits
 from inference import IMAGE_SUFFIXES, embed_images
 from utils.captions import read_captions
+from utils.cli import one_line
 from utils.embed import embed_captions
-from utils.files import atomic_write
+from utils.files import atomic_write, check_regular
 from utils.hashing import content_hash, file_stat, model_hash
+from utils.runs import check_links
 
 VERSION = "3"  # of the file format
 TENSORS = ("names", "file_stats", "content_hashes", "vectors")
-BLOCK = 20_000  # images after which a partial index is saved
+BLOCK = 2000  # images after which a partial index is saved
+MAX_SAVE_SHARE = 0.05  # of the time; a large index is saved less often
+MAX_NAME_BYTES = 4096  # on average
+MAX_STALE = 10_000  # rows of an index that are no longer in its gallery, besides ten times the present ones
 
 
 @dataclass
@@ -43,6 +49,7 @@ class Run:
 
 def open_run(folder, device="cpu"):
     """The `Run` saved in a folder; raises InputError."""
+    check_links(Path(folder))
     return Run(load_model(folder, device), Path(folder) / "index", model_hash(folder))
 
 
@@ -170,7 +177,7 @@ def update_index(run, source, label, names, file_stats, embed, read):
     source_hash = hashlib.sha256(str(Path(source).resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:8]
     path = run.folder / f"{label}-{source_hash}.safetensors"
     try:
-        old = read_index(path, run.hash) if path.exists() else EMPTY
+        old = read_index(path, run, len(names)) if path.exists() else EMPTY
     except InputError as error:
         print(f"{error}: it is rebuilt", file=sys.stderr)
         old = EMPTY
@@ -179,7 +186,8 @@ def update_index(run, source, label, names, file_stats, embed, read):
         return old
     rows, hashes = find_known(old, names, file_stats, read)
     known, new, vectors = rows >= 0, np.flatnonzero(rows < 0), None
-    for start in range(0, max(1, len(new)), BLOCK):  # an interrupted search loses at most one block
+    next_save = 0.0
+    for start in range(0, max(1, len(new)), BLOCK):  # an interrupted search loses little
         part = new[start : start + BLOCK]
         embedded = embed([names[i] for i in part]).cpu() if len(part) else old.vectors[:0].clone()
         if vectors is None:
@@ -188,8 +196,12 @@ def update_index(run, source, label, names, file_stats, embed, read):
             del old  # memory-mapped from the file that is now replaced
         vectors[part] = embedded
         known[part] = True
+        if time.monotonic() < next_save and start + BLOCK < len(new):
+            continue
+        started = time.monotonic()
         index = Index(list(compress(names, known)), file_stats[known], hashes[known], vectors[known])
         write_index(path, run.hash, index)
+        next_save = time.monotonic() + (time.monotonic() - started) / MAX_SAVE_SHARE
     if len(new) < len(names):
         print(f"index: {len(new)} of {len(names)} embedded, {len(names) - len(new)} reused", file=sys.stderr)
     return index
@@ -209,22 +221,37 @@ def find_known(old, names, file_stats, read):
     return rows, hashes
 
 
-def read_index(path, model):
-    """The memory-mapped `Index` in a file; InputError if it is damaged, in another format, or of another model."""
+def read_index(path, run, num_names):
+    """The memory-mapped `Index` in a file, for a source that now has `num_names` images or captions.
+
+    Raises InputError if it is damaged, in another format, of another model, or mostly outdated.
+    """
+    damaged = f"index {path} is damaged"
     try:
+        check_regular(path)
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            tensors = [file.get_tensor(name) for name in TENSORS] if header.get("version") == VERSION else []
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"index {path} is damaged ({str(error).splitlines()[0][:100]})") from None
-    if not tensors:
+            shapes = [file.get_slice(name).get_shape() for name in TENSORS] if header.get("version") == VERSION else []
+            max_rows = 10 * num_names + MAX_STALE
+            small = not shapes or max(shapes[-1][0], shapes[0][0] // MAX_NAME_BYTES) <= max_rows
+            tensors = [file.get_tensor(name) for name in TENSORS] if shapes and small else []
+    except (SafetensorError, OSError, ValueError, RuntimeError, IndexError) as error:
+        raise InputError(f"{damaged} ({one_line(error)})") from None
+    if not shapes:
         raise InputError(f"index {path} has the format of another version")
-    if header.get("model") != model:
+    if header.get("model") != run.hash:
         raise InputError(f"index {path} belongs to another model")
+    if not small:
+        raise InputError(f"index {path} is larger than ten times the {num_names} entries now")
+    rows, num_bytes = shapes[-1][0], shapes[0][0]
+    expected = [(torch.uint8, (num_bytes,)), (torch.int64, (rows, 2)), (torch.uint8, (rows, 16))]
+    expected.append((torch.float32, (rows, run.model.config.projection_dim)))
+    if [(tensor.dtype, tuple(tensor.shape)) for tensor in tensors] != expected:
+        raise InputError(f"{damaged} (tensors of other types or shapes)")
     names, stats, hashes, vectors = tensors
     names = bytes(names.numpy()).decode("utf-8", "surrogateescape").split("\0")
-    if not (len(names) == len(stats) == len(hashes) == len(vectors) and vectors.ndim == 2):
-        raise InputError(f"index {path} is damaged ({len(names)} names, {len(vectors)} vectors)")
+    if len(names) != rows or not (vectors[:, 0].isnan() | (vectors.norm(dim=1) < 1.01)).all():
+        raise InputError(f"{damaged} ({len(names)} names, {rows} vectors, or not unit vectors)")
     return Index(names, stats.numpy(), hashes.numpy(), vectors)
 
 
@@ -236,5 +263,5 @@ def write_index(path, model, index):
     try:
         with atomic_write(path) as temporary:
             save_file(tensors, temporary, metadata={"model": model, "version": VERSION})
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         print(f"index {path} could not be saved ({error}): the next search recomputes embeddings", file=sys.stderr)

@@ -52,7 +52,7 @@ def test_bad_flag_of_a_command_imports_nothing_heavy(command):
     assert list(Path().iterdir()) == []
 
 
-@pytest.mark.parametrize("argv", [["--batch_size", "1"], ["--warmup_steps", "9"], ["--resume"], ["--gan_gate", "3"]])
+@pytest.mark.parametrize("argv", [["--batch_size", "1"], ["--warmup_steps", "-9"], ["--resume"], ["--gan_gate", "3"]])
 def test_bad_settings_of_main_import_nothing_heavy(argv):
     finished = run_python("-X", "importtime", ROOT / "main.py", *argv)
     assert finished.returncode == 2

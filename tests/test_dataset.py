@@ -12,6 +12,7 @@ import torch
 from conftest import tiny_settings
 
 import dataset
+from clip import CLIP
 from config import Config, InputError
 from dataset import (
     Batch,
@@ -31,6 +32,7 @@ from dataset import (
     pair_targets,
     read_captions,
     resize_image,
+    split_by_length,
     split_evenly,
     split_images,
     subset_pairs,
@@ -166,7 +168,7 @@ def test_overlong_image_name_is_reported_as_missing(tmp_path):
 
 
 def test_describe_splits_counts_images_and_names_the_split(data_set, tiny_config):
-    captions = {f"{i:02d}.jpg": ["A dog .", "It runs ."] for i in range(20)}
+    captions = {f"{i:02d}.jpg": [f"A dog {i} .", f"It runs {i} ."] for i in range(20)}
     config = tiny_config(**data_set(captions))
     line = describe_splits(config, load_splits(config))
     assert line == "data: train 16 / validation 2 / test 2 images, 40 captions, random split (seed 42)"
@@ -213,7 +215,7 @@ def test_images_whose_captions_mention_left_or_right_are_never_flipped(data_set,
         caption = int(pairs.caption_offsets[image])
         for epoch in range(20):
             _, _, pixels = items[epoch, image, (caption,)]
-            flipped["LEFT" in pairs.captions[caption]] += not np.array_equal(pixels.permute(1, 2, 0).numpy(), plain)
+            flipped["LEFT" in pairs.captions[caption]] += not np.array_equal(pixels, plain)
     assert flipped[True] == 0
     assert flipped[False] > 20
 
@@ -465,6 +467,39 @@ def test_collate_uses_precomputed_features_of_frozen_encoders(tiny_config):
     batch = items.collate([items[key] for key in keys])
     assert torch.equal(batch.text_features, text_features[[15, 17, 6, 5]]) and batch.input_ids is None
     assert batch.images.shape == (2, 3, 32, 32)
+
+
+def test_batch_for_a_gpu_has_stored_images_and_captions_in_parts_of_similar_length(tiny_config):
+    """Captions are sorted by length and keep their images; the features are those of the same captions elsewhere."""
+    config = tiny_config(captions_per_image=5)
+    pairs = load_splits(config)["train"]
+    model = CLIP(config, train_tokenizer(pairs.captions)).eval()
+    tokens = TokenStore(model.tokenizer, pairs.captions, config.max_length)
+    store = ImageStore(pairs.files, storage_resolution(32))
+    keys = [(0, image, tuple(pairs.captions_of(image))) for image in range(20)]
+    plain, for_gpu = (
+        TrainingPairs(pairs, store, tokens, model.tokenizer.pad_token_id, config, on_device=on_device)
+        for on_device in (False, True)
+    )
+    expected, found = (items.collate([items[key] for key in keys]) for items in (plain, for_gpu))
+    assert np.array_equal(found.images.permute(0, 2, 3, 1).numpy(), [store[image] for image in range(20)])
+    assert found.images.is_contiguous(memory_format=torch.channels_last)
+    assert found.augmentation.shape == (20, 8)
+    lengths = found.attention_mask.sum(1).tolist()
+    assert lengths == sorted(lengths) and len(found.text_parts) == 3
+    assert sum(rows for rows, _ in found.text_parts) == 100
+    captions = [(row, *ids) for row, ids in zip(found.image_index.tolist(), found.input_ids.tolist(), strict=True)]
+    others = [(row, *ids) for row, ids in zip(expected.image_index.tolist(), expected.input_ids.tolist(), strict=True)]
+    assert sorted(captions) == sorted(others)
+    with torch.no_grad():
+        in_parts = model.text_encoder(found.input_ids, found.attention_mask, found.text_parts)
+        assert torch.allclose(in_parts, model.text_encoder(found.input_ids, found.attention_mask), atol=1e-5)
+
+
+def test_parts_are_padded_to_a_multiple_of_eight():
+    assert split_by_length([3] * 40 + [9] * 24 + [21]) == ((32, 8), (33, 21))
+    assert split_by_length([5, 9]) == ((2, 9),)
+    assert split_by_length([7] * 200 + [30]) == ((50, 8), (50, 8), (50, 8), (51, 30))
 
 
 # ---- Flickr8k ---------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+import os
 import re
 import shutil
 import signal
@@ -14,7 +15,7 @@ import pytest
 import torch
 from conftest import flags, run_python
 from gan_fixtures import CPU, TINY, as_flags, build, gan_run_fixture, unit, with_gan_fixture  # noqa: F401
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import gan
 import main
@@ -309,6 +310,60 @@ def test_damaged_checkpoint_is_refused(gan_run, tmp_path, refused):
     assert "cannot be read as a checkpoint of this GAN" in refused(gan.main, ["--run", "run", "--resume"])
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"size": 0}, "architecture.size is '0'"),
+        ({"size": 2**20}, "architecture.size is '1048576'"),
+        ({"width": 2.5}, "architecture.width is '2.5'"),
+        ({"dim": 8192}, "a larger model than that in generator.safetensors"),
+        ({"generator": ["style"]}, "architecture.generator is"),
+        ({"generator": "style"}, "generator.safetensors (lacks the|has an unknown) tensor"),
+        ({"more": 1}, "unknown entry architecture.more"),
+    ],
+)
+def test_generator_of_a_wrong_architecture_is_refused(gan_run, tmp_path, change, message):
+    shutil.copytree(gan_run / "gan", tmp_path / "gan")
+    content = read_json(tmp_path / "gan/config.json")
+    content["architecture"].update(change)
+    write_json(tmp_path / "gan/config.json", content)
+    with pytest.raises(InputError, match=message):
+        gan.load_generator(tmp_path / "gan")
+
+
+def test_generator_without_finite_weights_is_refused(gan_run, tmp_path):
+    shutil.copytree(gan_run / "gan", tmp_path / "gan")
+    path = tmp_path / "gan/generator.safetensors"
+    state = load_file(path)
+    save_file({name: tensor * torch.nan for name, tensor in state.items()}, path)
+    with pytest.raises(InputError, match="generator.safetensors has values that are not finite"):
+        gan.load_generator(tmp_path / "gan")
+    save_file({name: tensor[:0] if tensor.ndim else tensor for name, tensor in state.items()}, path)
+    with pytest.raises(InputError, match="of another shape or type"):
+        gan.load_generator(tmp_path / "gan")
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(InputError, match="is not a regular file"):
+        gan.load_generator(tmp_path / "gan")
+
+
+@pytest.mark.parametrize("content", [{"settings": {"gan_subset": 3}}, {"settings": [1]}, {"settings": {"x": 1}}])
+def test_gan_settings_of_a_wrong_type_are_refused(tmp_path, content):
+    write_json(tmp_path / "gan/config.json", content)
+    with pytest.raises(InputError, match="config.json is damaged"):
+        gan_settings(tmp_path / "gan")
+
+
+def test_files_behind_the_checkpoint_are_completed(gan_run, tmp_path):
+    run = Path(shutil.copytree(gan_run, tmp_path / "run"))
+    lines, plot = (run / "gan/metrics.jsonl").read_bytes(), (run / "gan/samples.png").read_bytes()
+    (run / "gan/metrics.jsonl").write_bytes(lines.splitlines(keepends=True)[0])
+    (run / "gan/samples.png").write_bytes(b"older")
+    gan.main(["--run", str(run), "--resume"])
+    assert (run / "gan/metrics.jsonl").read_bytes() == lines
+    assert (run / "gan/samples.png").read_bytes() == plot
+
+
 def test_gan_of_an_earlier_version_is_resumed(gan_run, trained_run, tmp_path):
     shutil.copytree(trained_run, tmp_path / "run")
     gan.main(["--run", "run", *as_flags({**TINY, "gan_epochs": 1})])
@@ -473,7 +528,7 @@ def test_batchnorm_statistics_stay_those_of_real_images(with_gan):
 
 def backward(model, batch, generated):
     """The backward pass of `main.train_one_epoch`; returns the loss."""
-    embeddings = main.encode(model, batch, generated, CPU, None)
+    embeddings = main.encode(model, batch, generated, None)
     loss = contrastive_loss(*embeddings, model.logit_scale, **pair_targets([batch, *generated]))
     loss.backward()
     return loss

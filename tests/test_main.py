@@ -89,7 +89,7 @@ def test_startup_output_is_a_short_block(tiny_config, no_plots, capsys):
     assert block[1].startswith("flag: ")
     text = " ".join(" ".join(block).split())
     assert "captions_per_image=5" in text
-    assert "epochs" not in text and "preset" not in text
+    assert "factor" not in text and "preset" not in text
     assert block[-3] == "data: train 24 / validation 8 / test 10 images, 210 captions, official split files"
     assert block[-2] == "device: cpu, float32"
     names = "test_resnet (from scratch) and distilbert-base-uncased (1 layer, width 64, from scratch)"
@@ -337,7 +337,7 @@ def test_ema_follows_the_weights_with_a_growing_decay():
         torch.nn.init.normal_(model.weight)
         torch.nn.init.normal_(model.running_mean)
         model.num_batches_tracked += 1
-        ema.update(model, step)
+        ema.update(step)
         decay = min(0.7, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * model.weight.detach()
         mean = decay * mean + (1 - decay) * model.running_mean

@@ -135,7 +135,9 @@ def train_tokenizer(captions, vocab_size=30_000):
     from transformers import PreTrainedTokenizerFast
 
     names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
-    normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    # Accents, vowel signs and tones distinguish words; NFC, so that two spellings of a letter are one.
+    parts = [normalizers.NFC(), normalizers.BertNormalizer(lowercase=True, strip_accents=False)]
+    normalizer, splitter = normalizers.Sequence(parts), pre_tokenizers.BertPreTokenizer()
     texts = map(normalizer.normalize_str, captions)
     words = Counter(word for text in texts for word, _ in splitter.pre_tokenize_str(text))
     characters = sorted({character for word in words for character in word})

@@ -1,26 +1,27 @@
 """Checkpoints (last.pt) from which a run resumes exactly."""
 
 import json
-import pickle
 from pathlib import Path
 
 import torch
 
 from config import InputError
 from utils.distributed import is_first_process, process_group, rank_and_world_size
-from utils.files import atomic_write, write_json
-from utils.log import check_finite
+from utils.files import TEMPORARY, atomic_write, check_regular, remove_stale, write_json
+from utils.log import check_training
 
 POSITION = ("epoch", "batch", "step", "best_rsum", "history")
 OLD_NAMES = {"ema": "average", "augmentation": "generated"}  # of parts in checkpoints of earlier versions
 
 
-def create_run_folder(folder, config):
-    """Create the run folder with config.json, and check that all processes see it."""
+def create_run_folder(folder, config, history=()):
+    """Create the run folder with config.json, and check that all processes see it; complete what a killed one left."""
     if is_first_process():
-        for temporary in folder.glob(".*.tmp"):  # left by a killed process
-            temporary.unlink(missing_ok=True)
+        for parent in {temporary.parent for temporary in folder.rglob(f".*{TEMPORARY}")}:
+            remove_stale(parent)
         write_json(folder / "config.json", {**vars(config), "resume": False})
+        if history:
+            write_history(history, folder)  # it may lack the last line of the checkpoint
     if process_group():
         torch.distributed.barrier()
         if not (folder / "config.json").exists():
@@ -38,7 +39,7 @@ def save_checkpoint(state, folder):
     """
     if not is_first_process():
         return
-    check_finite(state.loss_sum, state.step)
+    check_training(state, state.loss_sum)
     checkpoint = {name: part.state_dict() for name, part in state.stateful_parts().items()}
     checkpoint |= {name: getattr(state, name) for name in (*POSITION, "loss_sum")}
     with atomic_write(Path(folder) / "last.pt") as temporary:
@@ -69,9 +70,12 @@ def load_checkpoint(state, folder):
 
 def read_checkpoint(path, description):
     """The dict in a checkpoint file, tensors on the CPU; pickled code is refused. Raises InputError."""
+    check_regular(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # the classes that damaged bytes lead to are many
         reason = (str(error).splitlines() or [repr(error)])[0][:100]
         raise InputError(f"{path} cannot be read as {description} ({reason})") from error
     if not isinstance(checkpoint, dict):

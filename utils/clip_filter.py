@@ -35,7 +35,8 @@ class CLIPFilter:
         similarity, hardest = similarity.topk(min(NUM_CAPTIONS - 1, similarity.shape[1]))  # (B, 99)
         scores = torch.einsum("bd,bkd->bk", image_embeddings, self.distractors[hardest])
         own_scores = (image_embeddings * self.embeddings[captions]).sum(1, keepdim=True)
-        return ((scores >= own_scores) & (similarity > -2)).sum(1) < self.top_k
+        before = ~(scores < own_scores)  # also where a score is not a number
+        return (before & (similarity > -2)).sum(1) < self.top_k
 
 
 def captions_to_generate(config, pairs, words, mentions):

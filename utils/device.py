@@ -21,8 +21,9 @@ def setup_device(device="auto", precision="auto"):
         raise InputError(f"device {str(device)!r} is not available on this machine ({str(error)[:80]})") from None
     if device.type == "cpu":
         keep_freed_memory()
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
+        torch.set_float32_matmul_precision("high")  # TF32, as convolutions; see `full_float32`
     if precision == "auto":
         precision = "float32"
         if device.type == "cuda":
@@ -52,6 +53,24 @@ def keep_freed_memory():
             libc = ctypes.CDLL(None)
             for parameter, size in ((-3, 2**30), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
                 libc.mallopt(parameter, size)
+
+
+@contextlib.contextmanager
+def full_float32():
+    """Within the block float32 matrix products are exact on a CUDA GPU, too: TF32 has 10 bits of mantissa."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def to_device(tensor, device):
+    """The tensor on the device; the copy does not make the host wait."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def autocast(device, amp_dtype):

@@ -1,4 +1,4 @@
-"""Training in several processes (torchrun): process group, all-gather of rows, all-reduce of sums."""
+"""Training in several processes (torchrun): process group, all-gather of rows, all-reduce of sums and gradients."""
 
 import datetime
 import os
@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 
 from config import InputError
+
+BUCKET_SIZE = 12_500_000  # gradients reduced at once; 50 MB
 
 
 def process_group():
@@ -42,7 +44,11 @@ def init_processes(config):
             raise InputError(f"process {number} of this machine has no GPU: start at most {gpus} processes")
         torch.cuda.set_device(number)
     # The other processes wait while the first one decodes images or downloads weights.
-    dist.init_process_group("nccl" if use_cuda else "gloo", timeout=datetime.timedelta(hours=12))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if use_cuda else "gloo",  # row counts are exchanged by the hosts
+        timeout=datetime.timedelta(hours=12),
+        device_id=torch.device("cuda", number) if use_cuda else None,
+    )
     shared = [config]
     dist.broadcast_object_list(shared)
     return shared[0]
@@ -60,31 +66,30 @@ def first_process_first(function):
     return result
 
 
-def row_counts(count, device, group):
-    """The number of rows of each process, a list."""
+def row_counts(count, group):
+    """The number of rows of each process, a list; the hosts exchange it, so that none waits for its GPU."""
     if group is None:
         return [count]
-    own = torch.tensor([count], device=device)
-    counts = [torch.zeros_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(counts, own, group)
+    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(counts, torch.tensor([count]), group)
     return torch.cat(counts).tolist()
 
 
-def rows_before(count, device, group):
+def rows_before(counts, group):
     """The total number of rows on processes of lower rank."""
-    return 0 if group is None else sum(row_counts(count, device, group)[: dist.get_rank(group)])
+    return 0 if group is None else sum(counts[: dist.get_rank(group)])
 
 
-def all_gather_rows(x, group):
-    """The rows of all processes in the order of their ranks, without gradient; row counts may differ."""
+def all_gather_rows(x, group, counts=None):
+    """The rows of all processes in the order of their ranks, without gradient; counts: `row_counts`, if known."""
     if group is None:
         return x
-    counts = row_counts(len(x), x.device, group)
+    counts = counts or row_counts(len(x), group)
     padded = x.new_zeros((max(counts), *x.shape[1:]))
     padded[: len(x)] = x
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded, group)
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+    gathered = x.new_empty((len(counts), *padded.shape))
+    dist.all_gather_into_tensor(gathered.flatten(0, 1), padded, group)
+    return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
 
 
 def global_sum(value, group):
@@ -101,6 +106,65 @@ def all_reduce_sum(tensors):
         dist.all_reduce(flat)
         for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
+
+
+class GradientReducer:
+    """Sums the gradients of a model over all processes, in buckets, while the backward pass computes the next ones.
+
+    DistributedDataParallel does not fit: it averages, and gradients of the temperature and of the micro-batches before
+    the last one come from outside its forward pass.
+    """
+
+    def __init__(self, model):
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        self.buckets, self.bucket_of, size = [], {}, BUCKET_SIZE
+        for parameter in reversed(parameters):  # about the order in which a backward pass yields gradients
+            if size >= BUCKET_SIZE:
+                self.buckets.append([])
+                size = 0
+            self.bucket_of[parameter] = len(self.buckets) - 1
+            self.buckets[-1].append(parameter)
+            size += parameter.numel()
+        self.missing, self.started, self.active = [], [], False
+
+    def __enter__(self):
+        self.handles = [p.register_post_accumulate_grad_hook(self.accumulated) for p in self.bucket_of]
+        return self
+
+    def __exit__(self, *_):
+        for handle in self.handles:
+            handle.remove()
+
+    def start(self):
+        """Called before the last backward pass of a step: from now on, complete gradients are summed."""
+        self.missing, self.started, self.active = [len(bucket) for bucket in self.buckets], [], True
+
+    def accumulated(self, parameter):
+        if self.active:
+            self.missing[self.bucket_of[parameter]] -= 1
+            # In the same order in all processes, whatever the order of their gradients.
+            while len(self.started) < len(self.buckets) and self.missing[len(self.started)] == 0:
+                self.reduce(self.buckets[len(self.started)])
+
+    @torch.no_grad()
+    def reduce(self, parameters):
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients]) if gradients else torch.zeros(0)
+        self.started.append((gradients, flat, dist.all_reduce(flat, async_op=True) if gradients else None))
+
+    @torch.no_grad()
+    def finish(self, loss):
+        """Sum the remaining gradients and the loss, and wait until all gradients are in place."""
+        self.active = False
+        for bucket in self.buckets[len(self.started) :]:
+            self.reduce(bucket)
+        dist.all_reduce(loss)
+        for gradients, flat, work in self.started:
+            if work is not None:
+                work.wait()
+                parts = flat.split([gradient.numel() for gradient in gradients])
+                views = [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
+                torch._foreach_copy_(gradients, views)
 
 
 def average_batchnorm_stats(model):

@@ -12,14 +12,16 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from config import InputError
 from utils.device import autocast
 from utils.distributed import all_gather_rows, is_first_process, process_group, rank_and_world_size
-from utils.files import atomic_write
+from utils.files import atomic_write, check_regular
 from utils.fold import fold_batchnorm
 from utils.image_cache import EvaluationImages, file_digest, prepare_worker
 
 CPU_IMAGES = 16  # images encoded at once on a CPU: large activations do not fit into its caches
 MIN_FOLDED = 64  # images for which folding BatchNorm pays
+MIN_LOADED = 2000  # decoded images for which starting loader processes pays
 
 
 @torch.no_grad()
@@ -32,6 +34,7 @@ def encode_dataset(function, dataset, device, amp_dtype=None, batch_size=64, num
         dataset,
         batch_size=batch_size,
         num_workers=num_workers,
+        pin_memory=device.type == "cuda",
         collate_fn=collate_fn,
         worker_init_fn=prepare_worker if num_workers else None,
         generator=torch.Generator(),  # does not touch the global random state
@@ -91,8 +94,11 @@ def cached_features(model, pairs, encoder, amp_dtype, config, desc=None):
     if process_group():  # all processes would have to agree on what they read
         return encode_split(model, pairs, encoder, nn.Identity(), amp_dtype, config, desc)
     path = Path(config.cache_path) / f"features-{features_hash(model, pairs, encoder, amp_dtype)}.safetensors"
-    with contextlib.suppress(OSError, SafetensorError):  # not cached, or damaged
-        return load_file(path)["features"].to(model.device)
+    with contextlib.suppress(OSError, SafetensorError, KeyError, InputError):  # not cached, or damaged
+        check_regular(path)
+        features = load_file(path)["features"]
+        if len(features) == len(pairs.files if encoder == "image" else pairs.captions) and features.isfinite().all():
+            return features.to(model.device)
     features = encode_split(model, pairs, encoder, nn.Identity(), amp_dtype, config, desc)
     with atomic_write(path) as temporary:
         save_file({"features": features.cpu()}, temporary)
@@ -127,7 +133,9 @@ def encode_split(model, pairs, encoder, project, amp_dtype, config, desc=None):
     model.eval()
     if encoder == "image":
         dataset = EvaluationImages(pairs.images, own, config.size)
-        workers = 0 if pairs.images.cache else config.num_workers
+        # On a GPU, one process that reads decoded images is too slow for many of them.
+        alone = pairs.images.cache and (model.device.type == "cpu" or len(own) < MIN_LOADED)
+        workers = 0 if alone else config.num_workers
         batch_size = image_batch_size(model.device, batch_size)
         module = fast_image_encoder(model, len(dataset), amp_dtype)
         found = encode_dataset(

@@ -3,21 +3,30 @@
 Shapes: T captions, B images of a batch, K hard negatives, D width of CLIP's shared space, S resolution.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from config import DivergenceError, InputError
+from config import Config, DivergenceError, InputError
 from utils.checkpoint import read_checkpoint, write_history
+from utils.cli import one_line
 from utils.embed import embed_captions
-from utils.files import atomic_write, read_json, write_json
+from utils.files import atomic_write, check_regular, read_json, write_json
 from utils.image_cache import ImageStore, build_image_cache, resize_image, storage_resolution
 from utils.plotting import plot_gan_samples
+from utils.saved_model import build_empty, check_entries, read_header, read_tensors
 
+SETTINGS = {field.name: field.metadata for field in dataclasses.fields(Config)}
+ARCHITECTURE = {  # of a saved generator
+    "generator": lambda value: value in SETTINGS["gan_generator"]["choices"],
+    "size": lambda value: type(value) is int and value in SETTINGS["gan_size"]["choices"],
+    "width": lambda value: type(value) is int and 1 <= value <= SETTINGS["gan_width"]["high"],
+    "dim": lambda value: type(value) is int and 1 <= value <= SETTINGS["projection_dim"]["high"],
+}
 MAX_BYTES = 16e9  # maximum size of the images on the device
 NUM_HARD_NEGATIVES = 8  # K: the most similar of the candidates
 NUM_CANDIDATES = 256  # random captions from which hard negatives are chosen
@@ -177,9 +186,12 @@ def load_checkpoint(gan, folder):
         checkpoint = read_checkpoint(path, "a checkpoint of this GAN")
         try:
             gan.load_state_dict(checkpoint["gan"])
-            return checkpoint["history"]
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise InputError(f"{path} is not a checkpoint of this GAN ({error!r:.100})") from None
+            history = checkpoint["history"]
+            if not isinstance(history, list) or not all(isinstance(line, dict) for line in history):
+                raise ValueError("history is not a list of dicts")
+            return history
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"{path} is not a checkpoint of this GAN ({one_line(error)})") from None
     if (folder / "metrics.jsonl").exists():
         raise InputError(f"{folder} lacks last.pt, so its GAN cannot be resumed: remove that folder")
     return []
@@ -198,8 +210,11 @@ def read_generator(folder, build_generator):
         command = f"python gan.py --run {folder.parent.as_posix()}"
         raise InputError(f"{folder} contains no generator: train one with {command} (--resume if one was started)")
     try:
-        generator = build_generator(**read_json(folder / "config.json")["architecture"])
-        generator.load_state_dict(load_file(folder / "generator.safetensors"))
+        path, architecture = folder / "generator.safetensors", read_json(folder / "config.json").get("architecture")
+        check_entries(architecture, ARCHITECTURE, "architecture")
+        check_regular(path)
+        generator = build_empty(lambda: build_generator(**architecture), read_header(path), path.name)
+        generator.load_state_dict(read_tensors(path), assign=True)
         return generator
-    except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{folder} does not contain a generator of this version ({error!r:.100})") from None
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"{folder} does not contain a generator of this version ({one_line(error)})") from None

@@ -6,7 +6,7 @@ from pathlib import Path
 from config import InputError, build_config, rename_settings
 from utils.files import read_json
 from utils.flags import parse_flags
-from utils.runs import GAN_ARCHITECTURE
+from utils.runs import GAN_ARCHITECTURE, check_links, check_saved_paths
 
 SETTINGS = (*GAN_ARCHITECTURE, "gan_batch_size", "gan_lr", "gan_clip_weight", "seed")  # saved with a GAN
 RUN_SETTINGS = ("run", "resume", "image_path", "captions_path", "cache_path", "cache_images", "num_workers")
@@ -28,7 +28,9 @@ def parse_gan_config(argv=None):
     folder, given["run"] = run / "gan", run.as_posix()
     if not (run / "config.json").exists():
         raise InputError(f"run is {run}, which is not a run folder: train one with python main.py")
+    check_links(run)
     saved = read_json(run / "config.json")
+    check_saved_paths(saved, given, run)
     started = any((folder / name).exists() for name in ("metrics.jsonl", "generator.safetensors"))
     # A GAN stopped before the end of its first epoch may be started again with other settings.
     if not (folder / "config.json").exists() or not (started or given.get("resume")):
@@ -48,9 +50,14 @@ def gan_settings(folder):
     """The settings of the GAN in `folder` (<run>/gan), a dict; None for a GAN trained jointly with CLIP."""
     path = Path(folder) / "config.json"
     settings = read_json(path).get("settings")
-    if not isinstance(settings, dict | None):
-        raise InputError(f"{path} is damaged (settings: {settings!r}): retrain the GAN")
-    return settings and rename_settings(settings)
+    if settings is None:
+        return None
+    try:
+        settings = rename_settings(settings)
+        build_config(settings)
+    except (AttributeError, InputError) as error:
+        raise InputError(f"{path} is damaged ({error!s:.200}): retrain the GAN") from None
+    return settings
 
 
 def conditioning_run(run):
@@ -58,6 +65,8 @@ def conditioning_run(run):
     path = Path(run) / "gan" / "config.json"
     content = read_json(path) if path.exists() else {}
     relative = content.get("conditioning_run", content.get("told_by"))  # told_by: its name in earlier versions
+    if not isinstance(relative, str | None) or "\0" in (relative or ""):
+        raise InputError(f"{path} is damaged (conditioning_run: {relative!r:.200}): retrain the GAN")
     found = Path(os.path.normpath(Path(run) / relative)) if relative else Path(run)
     if relative and not found.exists():
         raise InputError(f"the GAN of {run} is conditioned on the CLIP of the run {found}, which is missing")

@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from utils.device import autocast
 
 
-def cached_backward(model, batches, generated, loss_function, amp_dtype, scaler):
+def cached_backward(model, batches, generated, loss_function, amp_dtype, scaler, reducer=None):
     """Accumulate the gradient of the loss over all micro-batches in the parameters; returns the loss.
 
     The micro-batches are encoded twice: first without gradient, for the embeddings and the gradient of the loss with
@@ -22,6 +22,7 @@ def cached_backward(model, batches, generated, loss_function, amp_dtype, scaler)
         batches: micro-batches of real images. generated: of generated images, which do not update the statistics of
             BatchNorm.
         loss_function: (image_embeddings, text_embeddings) of all batches -> loss.
+        reducer: a `GradientReducer`, started before the last backward pass.
     """
     all_batches, device = [*batches, *generated], model.device
     outputs, random_states = [], []
@@ -42,13 +43,15 @@ def cached_backward(model, batches, generated, loss_function, amp_dtype, scaler)
         with autocast(device, amp_dtype):
             embeddings = model(all_batches[number])
         grads = image_grads[number], text_grads[number]
+        if reducer and number == len(all_batches) - 1:
+            reducer.start()
         tensors = [(x, grad) for x, grad in zip(embeddings, grads, strict=True) if x.requires_grad]
         torch.autograd.backward([x for x, _ in tensors], [grad for _, grad in tensors])
 
-    with averaged_batchnorm_stats(model) as start_micro_batch:
+    with averaged_batchnorm_stats(model) as add_micro_batch:
         for number in range(len(batches)):
-            start_micro_batch(number + 1)
             encode_and_backward(number)
+            add_micro_batch()
     with frozen_batchnorm_stats(model):
         for number in range(len(batches), len(all_batches)):
             encode_and_backward(number)
@@ -60,43 +63,53 @@ def batchnorm_layers(model):
 
 
 @contextlib.contextmanager
-def frozen_batchnorm_stats(model):
-    """Within the block BatchNorm normalises with batch statistics without updating its running statistics."""
-    layers = batchnorm_layers(model)
-    before = [(layer.momentum, layer.num_batches_tracked.clone()) for layer in layers]
+def batchnorm_momentum(layers, momentum):
+    """Within the block BatchNorm layers have this momentum, and at its end their counts of batches are as before.
+
+    The momentum is 0 or 1: a compiled encoder is compiled again for each new value.
+    """
+    momenta, counts = [m.momentum for m in layers], [m.num_batches_tracked for m in layers]
+    before = [count.clone() for count in counts]
     for layer in layers:
-        layer.momentum = 0.0
+        layer.momentum = momentum
     try:
         yield
     finally:
-        for layer, (momentum, count) in zip(layers, before, strict=True):
-            layer.momentum = momentum
-            layer.num_batches_tracked.copy_(count)
+        for layer, own in zip(layers, momenta, strict=True):
+            layer.momentum = own
+        if counts:
+            torch._foreach_copy_(counts, before)
+
+
+def frozen_batchnorm_stats(model):
+    """Within the block BatchNorm normalises with batch statistics without updating its running statistics."""
+    return batchnorm_momentum(batchnorm_layers(model), 0.0)
 
 
 @contextlib.contextmanager
 def averaged_batchnorm_stats(model):
     """Over several micro-batches the running statistics are updated once, by the mean of the micro-batches' statistics.
 
-    Yields a function to call with the number of each micro-batch, from 1 on.
+    Yields a function to call after each micro-batch.
     """
     layers = batchnorm_layers(model)
-    before = [
-        [m.momentum, *(x.clone() for x in (m.running_mean, m.running_var, m.num_batches_tracked))] for m in layers
-    ]
+    running = [x for m in layers for x in (m.running_mean, m.running_var)]
+    before, sums, count = [x.clone() for x in running], [torch.zeros_like(x) for x in running], 0
 
-    def start_micro_batch(number):
-        for layer in layers:
-            layer.momentum = 1 / number  # a cumulative mean
+    def add_micro_batch():
+        nonlocal count
+        count += 1
+        if running:
+            torch._foreach_add_(sums, running)  # with momentum 1, the statistics of the micro-batch alone
 
-    try:
-        yield start_micro_batch
-    finally:
-        for layer, (momentum, mean, variance, count) in zip(layers, before, strict=True):
-            layer.momentum = momentum
-            layer.num_batches_tracked.copy_(count + 1)
-            layer.running_mean.copy_(torch.lerp(mean, layer.running_mean, momentum))
-            layer.running_var.copy_(torch.lerp(variance, layer.running_var, momentum))
+    with batchnorm_momentum(layers, 1.0):
+        yield add_micro_batch
+    if running:
+        momenta = [m.momentum for m in layers for _ in range(2)]
+        torch._foreach_mul_(before, [1 - momentum for momentum in momenta])
+        torch._foreach_mul_(sums, [momentum / count for momentum in momenta])
+        torch._foreach_copy_(running, torch._foreach_add(before, sums))
+        torch._foreach_add_([m.num_batches_tracked for m in layers], 1)
 
 
 def get_random_state(device):

@@ -2,10 +2,12 @@
 
 import contextlib
 import hashlib
+import multiprocessing.queues
 import os
 import shutil
 import signal
 import struct
+import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,9 +20,9 @@ from PIL import Image, ImageOps
 from torch.utils.data import Dataset, get_worker_info
 
 from config import InputError
-from utils.cli import progress_bar
+from utils.cli import one_line, progress_bar
 from utils.distributed import first_process_first, is_first_process
-from utils.files import atomic_write
+from utils.files import atomic_write, check_regular
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # a 100-megapixel photo is not an attack
 
@@ -117,17 +119,36 @@ def file_digest(file):
 
 
 def find_cache(digests, resolution, folder):
-    """A `Cache` in the folder that holds all images with these digests, or None."""
+    """A `Cache` in the folder that holds all images with these digests, or None; a damaged one is removed."""
     for path in sorted(folder.glob(f"images-{resolution}-*.npy")):
         try:
-            stored = np.load(path.with_suffix(".digests"))
-        except (OSError, ValueError, EOFError):
+            stored = read_digests(path, resolution)
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, EOFError) as error:
+            print(f"{path} is damaged ({one_line(error)}): the images are decoded again", file=sys.stderr)
+            with contextlib.suppress(OSError):  # open in another process (Windows)
+                path.unlink()
             continue
         order = np.argsort(stored)
         rows = order[np.searchsorted(stored, digests, sorter=order).clip(max=len(stored) - 1)]
         if np.array_equal(stored[rows], digests):
             return Cache(path, rows)
     return None
+
+
+def read_digests(path, resolution):
+    """The digests of the images in a cache, (N,); raises OSError, ValueError or EOFError if it is damaged."""
+    arrays = []
+    for file in (path.with_suffix(".digests"), path):
+        check_regular(file)
+        arrays.append(np.lib.format.open_memmap(file, mode="r"))
+    stored, pixels = arrays
+    shape = (stored.size, resolution, resolution, 3)
+    expected = [("S16", shape[:1]), (np.uint8, shape)]
+    if not stored.size or [(array.dtype, array.shape) for array in arrays] != expected:
+        raise ValueError(f"it holds {pixels.dtype} {pixels.shape} for {stored.size} images")
+    return np.array(stored)
 
 
 def write_pixels(path, files, resolution, error_file, num_workers, show_progress):
@@ -226,3 +247,10 @@ def prepare_worker(_):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(exit_worker)
+
+
+def exit_worker(error, batch):
+    """End a loader process that cannot hand over a batch: otherwise the main process would wait for it for ever."""
+    print(f"a batch cannot be handed over: {one_line(error)}", file=sys.stderr, flush=True)
+    os._exit(1)

@@ -9,6 +9,8 @@ from config import DivergenceError
 from utils.cli import progress_bar
 from utils.distributed import is_first_process, rank_and_world_size
 
+MIN_SCALE = 2**-20  # of the loss in float16; halved at each overflow, from 65,536 on
+
 
 def print_once(*lines):
     """Print lines in the first process only."""
@@ -47,7 +49,7 @@ def epoch_bar(state, sampler, config):
 
 
 def log_step(bar, loss, state, stats):
-    check_finite(loss, state.step)
+    check_training(state, loss)
     seconds = time.perf_counter() - stats["start"]
     bar.set_postfix_str(
         f"loss {loss:.3f}, temperature {(-state.model.logit_scale).exp():.4f}, "
@@ -59,7 +61,6 @@ def log_step(bar, loss, state, stats):
 def log_epoch(state, stats, metrics, validation_loss, config):
     """Complete the epoch: add its line to the history, print it, and move the position to the next epoch."""
     train_loss = state.loss_sum / state.batch
-    check_finite(train_loss, state.step)
     state.epoch, state.batch = state.epoch + 1, 0
     state.loss_sum.zero_()
     line = {
@@ -94,9 +95,11 @@ def describe_generated(line):
     return f"; {line['generated']} images generated, {line['dropped_by_filter']} dropped by the CLIP filter"
 
 
-def check_finite(loss, step):
-    """Raise DivergenceError if the loss is not finite."""
+def check_training(state, loss):
+    """Raise DivergenceError if the loss is not finite, or if the steps overflow."""
     if not torch.isfinite(loss):
         raise DivergenceError(
-            f"the loss is {loss:.3f} at step {step}: lower the learning rates, or pass --precision float32"
+            f"the loss is {loss:.3f} at step {state.step}: lower the learning rates, or pass --precision float32"
         )
+    if state.scaler.is_enabled() and state.scaler.get_scale() < MIN_SCALE:
+        raise DivergenceError(f"every step up to {state.step} overflows: pass --precision float32, or bf16")

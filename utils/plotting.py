@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
 from config import InputError
+from utils.files import atomic_write
 from utils.image_cache import DECODING_ERRORS, to_upright_rgb
 
 matplotlib.rcParams["text.parse_math"] = False  # captions and file names may contain dollar signs
@@ -19,6 +20,12 @@ MAX_ROWS = 60  # of a grid: matplotlib cannot draw much larger figures
 MAX_BARS = 20
 MAX_LENGTH, MIN_LENGTH = 320, 64  # pixels of a plotted image: maximum of the longer, minimum of the shorter edge
 TIGHT = {"dpi": 80, "bbox_inches": "tight", "pad_inches": 0.15}
+
+
+def save_figure(figure, path, **options):
+    """Save a figure in the format that the file's name ends in."""
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, **options)
 
 
 def plot_grid(panels, path, columns=3):
@@ -42,7 +49,7 @@ def plot_grid(panels, path, columns=3):
             axis = part.add_subplot(rows, columns, number + 1)
             show_image(axis, file, color)
             axis.set_title(printable(title), fontsize=10)
-    figure.savefig(path, **TIGHT)
+    save_figure(figure, path, **TIGHT)
     return omitted
 
 
@@ -66,7 +73,7 @@ def plot_bars(file, heading, names, values, colors, path):
     right.set(xticks=[], xlim=(base, base + 1.18 * max(high - base, 1e-6)), ylim=(-0.6, rows - 0.4))
     right.tick_params(left=False)
     right.spines[["top", "right", "bottom"]].set_visible(False)
-    figure.savefig(path, **TIGHT)
+    save_figure(figure, path, **TIGHT)
     return omitted
 
 
@@ -88,7 +95,7 @@ def plot_confusion(counts, labels, path, heading):
         color = "white" if shares[row, column] > 55 else "black"
         axis.text(column, row, f"{shares[row, column]:.0f}", ha="center", va="center", color=color, fontsize=9)
     figure.colorbar(image, ax=axis, shrink=0.7, label="% of the images with the true label")
-    figure.savefig(path, **TIGHT)
+    save_figure(figure, path, **TIGHT)
 
 
 def plot_matches(pairs, image_embeddings, text_embeddings, path, rows=4, columns=5):
@@ -122,7 +129,7 @@ def plot_curves(history, path):
         axis.grid(alpha=0.3)
         if len(curves) > 1:
             axis.legend()
-    figure.savefig(path, dpi=100)
+    save_figure(figure, path, dpi=100)
 
 
 def plot_gan_samples(path, titles, rows, columns=2):
@@ -143,7 +150,7 @@ def plot_gan_samples(path, titles, rows, columns=2):
         axis.set_title(textwrap.shorten(title, 80), fontsize=11)
         axis.set(yticks=[], frame_on=False)
         axis.tick_params(length=0)
-    figure.savefig(path, dpi=80)
+    save_figure(figure, path, dpi=80)
 
 
 def wrap_text(text, width, font_size):

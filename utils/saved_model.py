@@ -70,7 +70,7 @@ def read_tensors(path):
     state = {name: tensor.clone() for name, tensor in load_file(path).items()}
     for name, tensor in state.items():
         if tensor.is_floating_point() and not all(bound.isfinite() for bound in torch.aminmax(tensor)):
-            raise InputError(f"model.safetensors has values that are not finite in tensor {name}")
+            raise InputError(f"{path.name} has values that are not finite in tensor {name}")
     return state
 
 
@@ -183,7 +183,7 @@ def registration_hook(hook):
             handle.remove()
 
 
-def build_empty(build, tensors):
+def build_empty(build, tensors, file="model.safetensors"):
     """`build()` with parameters on the meta device, for a state dict like `tensors`; raises InputError if it differs.
 
     Buffers have their values. Before memory is allocated, the model is built on the meta device alone and compared.
@@ -195,7 +195,7 @@ def build_empty(build, tensors):
         nonlocal free_tensors, free_elements
         free_tensors, free_elements = free_tensors - 1, free_elements - (0 if tensor is None else tensor.numel())
         if min(free_tensors, free_elements) < 0:
-            raise InputError("it describes a larger model than that in model.safetensors")
+            raise InputError(f"it describes a larger model than that in {file}")
 
     def to_meta(module, name, tensor):
         return nn.Parameter(tensor.to("meta"), tensor.requires_grad) if isinstance(tensor, nn.Parameter) else None
@@ -204,11 +204,9 @@ def build_empty(build, tensors):
         own = build().state_dict()
     for name in [*own, *tensors]:
         if name not in own or name not in tensors:
-            raise InputError(
-                f"model.safetensors {'lacks the' if name in own else 'has an unknown'} tensor {name[:200]}"
-            )
+            raise InputError(f"{file} {'lacks the' if name in own else 'has an unknown'} tensor {name[:200]}")
         found, expected = tensors[name], own[name]
         if (found.shape, found.dtype) != (expected.shape, expected.dtype) or not found.numel():
-            raise InputError(f"model.safetensors has a tensor {name} of another shape or type")
+            raise InputError(f"{file} has a tensor {name} of another shape or type")
     with registration_hook(to_meta):
         return build()

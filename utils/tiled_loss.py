@@ -12,13 +12,17 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from utils.distributed import all_gather_rows, global_sum, rows_before
+from utils.device import full_float32
+from utils.distributed import all_gather_rows, global_sum, row_counts, rows_before
 
 TILE = 2048  # rows and columns of a tile: 16 MiB in float32
 LOWEST = -1e30  # in place of -inf, where inf - inf would be NaN
+DROPPED = -(2**62)  # the id of images that take no part in the loss; their weight is 0
 
 
-def tiled_contrastive_loss(image_embeddings, text_embeddings, t, image_index, image_ids, weights, group=None):
+def tiled_contrastive_loss(
+    image_embeddings, text_embeddings, t, image_index, image_ids, weights, group=None, with_dropped=False
+):
     """Like `clip.contrastive_loss`, for float32 or float64 embeddings (B, D) and (T, D).
 
     With a process group, each process passes its own images with their captions and gets the loss of its own rows: the
@@ -26,7 +30,7 @@ def tiled_contrastive_loss(image_embeddings, text_embeddings, t, image_index, im
     """
     text_ids, own_weights = image_ids[image_index], weights[image_index]
     row_lse, column_lse = NegativesLogSumExp.apply(
-        image_embeddings, text_embeddings, t, image_ids, text_ids, group
+        image_embeddings, text_embeddings, t, image_ids, text_ids, group, with_dropped
     )  # (B,), (T,)
     positives = t.exp() * (image_embeddings[image_index] * text_embeddings).sum(-1)  # (T,)
     image_losses = F.softplus(row_lse[image_index] - positives)  # (T,), one per (image, own caption)
@@ -46,14 +50,15 @@ class NegativesLogSumExp(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, images, texts, t, image_ids, text_ids, group):
-        scale, start = t.exp(), rows_before(len(texts), texts.device, group)
+    def forward(ctx, images, texts, t, image_ids, text_ids, group, with_dropped):
+        counts = row_counts(len(texts), group)
+        scale, start = t.exp(), rows_before(counts, group)
         own = slice(start, start + len(texts))  # this process's captions among all
-        texts, text_ids = all_gather_rows(texts, group), all_gather_rows(text_ids, group)
+        texts, text_ids = all_gather_rows(texts, group, counts), all_gather_rows(text_ids, group, counts)
         row_max, column_max = images.new_full((len(images),), LOWEST), images.new_full((len(texts),), LOWEST)
         row_sum, column_sum = torch.zeros_like(row_max), torch.zeros_like(column_max)
         for i, j in tiles(len(images), len(texts)):
-            s = negative_logits(images[i], texts[j], scale, image_ids[i], text_ids[j])
+            s = negative_logits(images[i], texts[j], scale, image_ids[i], text_ids[j], with_dropped)
             add_logsumexp(row_max[i], row_sum[i], s, 1)
             add_logsumexp(column_max[j], column_sum[j], s, 0)
         if group is not None:
@@ -65,16 +70,17 @@ class NegativesLogSumExp(torch.autograd.Function):
         row_lse = (row_max + row_sum.log()).clamp(min=LOWEST)
         column_lse = (column_max + column_sum.log()).clamp(min=LOWEST)
         ctx.save_for_backward(images, texts, t, image_ids, text_ids, row_lse, column_lse)
-        ctx.own, ctx.group = own, group
+        ctx.own, ctx.counts, ctx.group, ctx.with_dropped = own, counts, group, with_dropped
         return row_lse, column_lse[own].clone()
 
     @staticmethod
+    @full_float32()
     def backward(ctx, grad_row_lse, grad_column_lse):
         images, texts, t, image_ids, text_ids, row_lse, column_lse = ctx.saved_tensors
-        scale, grad_column_lse = t.exp(), all_gather_rows(grad_column_lse, ctx.group)
+        scale, grad_column_lse = t.exp(), all_gather_rows(grad_column_lse, ctx.group, ctx.counts)
         grad_images, grad_texts = torch.zeros_like(images), torch.zeros_like(texts)
         for i, j in tiles(len(images), len(texts)):
-            s = negative_logits(images[i], texts[j], scale, image_ids[i], text_ids[j])
+            s = negative_logits(images[i], texts[j], scale, image_ids[i], text_ids[j], ctx.with_dropped)
             g = (s - column_lse[j]).exp_().mul_(grad_column_lse[j])
             g.addcmul_(s.sub_(row_lse[i, None]).exp_(), grad_row_lse[i, None])
             grad_images[i].addmm_(g, texts[j])
@@ -83,7 +89,7 @@ class NegativesLogSumExp(torch.autograd.Function):
         grad_texts *= scale
         if ctx.group is not None:
             dist.all_reduce(grad_texts, group=ctx.group)
-        return grad_images, grad_texts[ctx.own], (images * grad_images).sum().reshape(t.shape), None, None, None
+        return grad_images, grad_texts[ctx.own], (images * grad_images).sum().reshape(t.shape), *4 * (None,)
 
 
 def tiles(rows, columns):
@@ -92,10 +98,18 @@ def tiles(rows, columns):
             yield slice(i, i + TILE), slice(j, j + TILE)
 
 
-def negative_logits(images, texts, scale, image_ids, text_ids):
-    """exp(t) X Y^T of a tile, with -inf where the caption belongs to the image."""
+def negative_logits(images, texts, scale, image_ids, text_ids, with_dropped):
+    """exp(t) X Y^T of a tile, with -inf where the pair is not a negative."""
     s = (images @ texts.T).mul_(scale)
-    return s.masked_fill_(image_ids[:, None] == text_ids, -math.inf)
+    masked = image_ids[:, None] == text_ids
+    if with_dropped:
+        masked |= dropped_pairs(image_ids, text_ids)
+    return s.masked_fill_(masked, -math.inf)
+
+
+def dropped_pairs(image_ids, text_ids):
+    """(B, T) booleans: pairs with a dropped image or caption."""
+    return (image_ids == DROPPED)[:, None] | (text_ids == DROPPED)
 
 
 def add_logsumexp(running_max, running_sum, s, dim):

@@ -62,7 +62,7 @@ def test_terms_reach_the_parameters_of_the_table(with_gan):
 
     # CE of real pairs; CE of real and generated pairs
     for generated in ([], joint.sample(8, 0, 0.5)):
-        embeddings = main.encode(model, batch, generated, CPU, None)
+        embeddings = main.encode(model, batch, generated, None)
         contrastive_loss(*embeddings, model.logit_scale, **pair_targets([batch, *generated])).backward()
         assert temperature_reached()
         assert reached() == {"clip"}

@@ -82,14 +82,15 @@ def test_match_rates_are_saved_for_each_set_of_runs(trained_run, tmp_path, monke
     assert load_match_rates(runs) == both
 
 
-def test_match_rates_of_a_damaged_file_and_without_data(trained_run, tmp_path):
+def test_match_rates_of_a_damaged_file_and_without_data(trained_run, tmp_path, capsys):
     shutil.copytree(trained_run, tmp_path / "run")
     run = open_run(tmp_path / "run")
     good = load_match_rates([run])
     (file,) = (tmp_path / "run/index").glob("match_threshold-*.json")
     whole = file.read_text()
-    damages = [{"num_candidates": n} for n in (0, None)]
-    damages += [{"true_positive_rate": ["x"]}, {"false_positive_rate": [0.5]}]
+    damages = [{"num_candidates": n} for n in (0, None, 2.5, True, float("inf"), 10**400)]
+    damages += [{"true_positive_rate": values} for values in (["x"], [[0.5]] * 401, [1.5] * 401, [float("nan")] * 401)]
+    damages += [{"false_positive_rate": [0.5]}]
     changed = [{**good, "text_to_image": {**good["text_to_image"], **damage}} for damage in damages]
     for damage in (
         "{",
@@ -99,7 +100,9 @@ def test_match_rates_of_a_damaged_file_and_without_data(trained_run, tmp_path):
         *map(json.dumps, changed),
     ):
         file.write_text(damage)
+        capsys.readouterr()
         assert load_match_rates([run]) == good
+        assert f"match threshold {file} is damaged" in capsys.readouterr().err
     file.unlink()
     config = run.model.config
     run.model.config = type(config)(**{**vars(config), "image_path": str(tmp_path / "gone")})

@@ -1,11 +1,15 @@
 """Search index: only new and changed files are embedded; a damaged index, or one of another model, is rebuilt."""
 
+import json
 import os
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from conftest import draw_image
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from clip import save_model
 from config import InputError
@@ -134,7 +138,7 @@ def test_index_of_another_model_is_rebuilt(run, gallery, embedded, capsys, tiny_
     refresh(run, gallery)
     (path,) = run.folder.glob("*.safetensors")
     with pytest.raises(InputError, match="belongs to another model"):
-        read_index(path, "model b")
+        read_index(path, Run(run.model, run.folder, "model b"), 4)
     torch.manual_seed(1)
     other = Run(tiny_model(projection_dim=16), run.folder, "model b")
     embedded.clear()
@@ -160,12 +164,92 @@ def test_damaged_index_is_rebuilt(run, gallery, embedded, capsys, damage):
     (path,) = run.folder.glob("*.safetensors")
     path.write_bytes(path.read_bytes()[:-40] if damage is None else damage)
     with pytest.raises(InputError, match="is damaged"):
-        read_index(path, run.hash)
+        read_index(path, run, 4)
     embedded.clear()
     check_vectors(run, gallery, refresh(run, gallery))
     assert len(embedded) == 4
     assert "is damaged" in capsys.readouterr().err
-    read_index(path, run.hash)
+    read_index(path, run, 4)
+
+
+def change_tensors(**changes):
+    def damage(path):
+        with safe_open(path, "pt") as file:
+            metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        for name, change in changes.items():
+            tensors[name] = change(tensors[name]).contiguous()
+        save_file(tensors, path, metadata)
+
+    return damage
+
+
+def make_sparse(path):
+    """An index of 40 GB of zeros, without blocks on the disk."""
+    rows = 240_000_000
+    shapes = {"names": ("U8", [rows]), "file_stats": ("I64", [rows, 2]), "content_hashes": ("U8", [rows, 16])}
+    header, offset = {}, 0
+    with safe_open(path, "pt") as file:
+        header["__metadata__"], width = file.metadata(), file.get_slice("vectors").get_shape()[1]
+    for name, (dtype, shape) in {**shapes, "vectors": ("F32", [rows, width])}.items():
+        size = int(np.prod(shape)) * {"U8": 1, "I64": 8, "F32": 4}[dtype]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    content = json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(len(content).to_bytes(8, "little") + content)
+        file.truncate(8 + len(content) + offset)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        change_tensors(vectors=lambda x: x[:, :5]),
+        change_tensors(vectors=lambda x: x * 3),
+        change_tensors(vectors=lambda x: torch.cat([x[:, :1], x[:, 1:] * torch.nan], 1)),
+        change_tensors(vectors=lambda x: x.half()),
+        change_tensors(vectors=lambda x: x[0]),
+        change_tensors(file_stats=lambda x: x.float()),
+        change_tensors(file_stats=lambda x: x[:, :1]),
+        change_tensors(content_hashes=lambda x: x[:, :8]),
+        change_tensors(names=lambda x: x[x != 0]),
+        change_tensors(names=lambda x: x.reshape(1, -1)),
+        lambda path: path.unlink() or os.mkfifo(path),
+        make_sparse,
+    ],
+    ids=[
+        "width",
+        "length",
+        "NaN",
+        "half",
+        "1-D",
+        "stats type",
+        "stats",
+        "hashes",
+        "names",
+        "2-D names",
+        "FIFO",
+        "large",
+    ],
+)
+def test_mistyped_index_is_rebuilt(run, gallery, embedded, capsys, damage):
+    refresh(run, gallery)
+    (path,) = run.folder.glob("*.safetensors")
+    damage(path)
+    embedded.clear()
+    check_vectors(run, gallery, refresh(run, gallery))
+    assert len(embedded) == 4
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("index /")]
+    assert line.endswith(": it is rebuilt")
+    read_index(path, run, 4)
+
+
+def test_large_index_is_saved_less_often(run, gallery, monkeypatch):
+    saved, write = [], search_index.write_index
+    monkeypatch.setattr(search_index, "BLOCK", 1)
+    monkeypatch.setattr(search_index, "write_index", lambda *all: saved.append(len(all[2].names)) or write(*all))
+    monkeypatch.setattr(search_index, "MAX_SAVE_SHARE", 1e-9)
+    refresh(run, gallery)
+    assert saved == [1, 4]  # saving took longer than its share of the time
 
 
 def test_write_index_failure_leaves_the_old_index_and_no_temporary_file(run, gallery, monkeypatch, capsys):
@@ -175,12 +259,12 @@ def test_write_index_failure_leaves_the_old_index_and_no_temporary_file(run, gal
 
     def full(tensors, file, **more):
         file.write_bytes(b"half")
-        raise OSError("no space left")
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(search_index, "save_file", full)
     draw_image(gallery / "new.jpg", seed=8)
     check_vectors(run, gallery, refresh(run, gallery))  # the search continues
-    assert "could not be saved (no space left)" in capsys.readouterr().err
+    assert "No space left on device" in capsys.readouterr().err
     assert path.read_bytes() == before
     assert list(run.folder.iterdir()) == [path]
 

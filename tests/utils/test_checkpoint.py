@@ -18,6 +18,7 @@ import main
 import utils.checkpoint
 from config import Config, DivergenceError, InputError
 from utils.checkpoint import read_checkpoint, save_checkpoint
+from utils.files import TEMPORARY
 
 TIMING = ("seconds", "images_per_second", "data_time_share")
 
@@ -181,6 +182,46 @@ def test_terminated_process_group_leaves_a_checkpoint(tiny_config, tmp_path):
     assert "Traceback" not in text
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+@pytest.mark.parametrize("fault", ["hangup", "loader killed"])
+def test_run_that_loses_its_terminal_or_a_loader_process_leaves_a_checkpoint(tiny_config, tmp_path, fault):
+    config, output = tiny_config(**{**EXACT, "epochs": 1000}, num_workers=2), tmp_path / "output.txt"
+    process = start_python(ROOT / "main.py", *flags(config), output=output)
+    wait_for_checkpoints(process, Path(config.run) / "last.pt", 3)
+    if fault == "hangup":
+        process.send_signal(signal.SIGHUP)
+    else:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        if not children.exists():
+            process.kill()
+            pytest.skip("the children of a process are not known")
+        os.kill(int(children.read_text().split()[0]), signal.SIGKILL)
+    assert process.wait(timeout=60) == (130 if fault == "hangup" else 2)
+    text = output.read_text(encoding="utf-8")
+    assert "Traceback" not in text
+    assert ("stopped; to continue" if fault == "hangup" else "error: a data loading process ended") in text
+    assert torch.load(Path(config.run) / "last.pt", weights_only=True)["step"] >= 3
+    assert not (Path(config.run) / ".lock").exists()
+
+
+def test_history_behind_the_checkpoint_is_completed(trained_run, tmp_path):
+    run = Path(shutil.copytree(trained_run, tmp_path / "copy"))
+    lines = (run / "metrics.jsonl").read_bytes()
+    (run / "metrics.jsonl").write_bytes(lines.splitlines(keepends=True)[0])  # killed between the two files
+    main.main(["--resume", "--run", str(run), "--cache_path", str(tmp_path / "cache")])
+    assert (run / "metrics.jsonl").read_bytes() == lines
+
+
+def test_results_are_written_last(tiny_config, monkeypatch):
+    """Where results.json exists, a stage is not repeated, so everything else must have been written."""
+    config, written = tiny_config(), []
+    for name in ("write_json", "plot_curves", "plot_matches", "save_match_threshold"):
+        monkeypatch.setattr(main, name, lambda *_, name=name: written.append(name))
+    main.train(config)
+    assert sorted(written[:-1]) == ["plot_curves", "plot_matches", "save_match_threshold"]
+    assert written[-1] == "write_json"
+
+
 def test_run_stopped_before_its_first_step_says_so(tiny_config, monkeypatch, capsys):
     def stop(*_):
         raise KeyboardInterrupt
@@ -220,10 +261,11 @@ def test_resume_trains_the_remaining_epochs(trained_run, tmp_path, capsys):
 
 def test_temporary_file_of_a_killed_run_is_removed(trained_run, tmp_path):
     run = Path(shutil.copytree(trained_run, tmp_path / "copy"))
-    for name in (".last.pt.x1y2z3.tmp", ".metrics.jsonl.x1y2z3.tmp"):  # as `atomic_write` names them
-        (run / name).write_bytes(b"half of a checkpoint")
+    for name in (f".last.pt.x1y2z3{TEMPORARY}", f"best/.config.json.x1y2z3{TEMPORARY}"):  # as `atomic_write` names them
+        (run / name).mkdir()
+        (run / name / "last.pt").write_bytes(b"half of a checkpoint")
     main.main(["--resume", "--run", str(run), "--epochs", "3", "--cache_path", str(tmp_path / "cache")])
-    assert not list(run.glob(".*.tmp"))
+    assert not list(run.rglob(".*"))
 
 
 # ---- what a checkpoint holds ------------------------------------------------------------------------------------
@@ -254,7 +296,7 @@ def test_save_checkpoint_refuses_a_diverged_state(tiny_config, fit):
 def test_damaged_checkpoint_is_refused(trained_run, tmp_path, refused):
     run = shutil.copytree(trained_run, tmp_path / "copy")
     argv = ["--resume", "--run", run, "--epochs", "3", "--cache_path", tmp_path / "cache"]
-    for content in (b"", b"not a zip file", (trained_run / "last.pt").read_bytes()[:-100]):
+    for content in (b"", b"not a zip file", b"a victim", (trained_run / "last.pt").read_bytes()[:-100]):
         (run / "last.pt").write_bytes(content)
         assert "last.pt cannot be read as a checkpoint of this run" in refused(main.main, argv)
     for content in ({"model": {}}, [1, 2], torch.zeros(3)):

@@ -10,7 +10,9 @@ from naive import loss_and_gradients, naive_loss, random_embeddings
 import main
 from clip import contrastive_loss
 from config import InputError
+from utils import distributed
 from utils.distributed import (
+    GradientReducer,
     all_gather_rows,
     first_process_first,
     global_sum,
@@ -97,6 +99,44 @@ def test_contrastive_loss_of_two_processes_adds_up_to_that_of_the_batch(tmp_path
     assert torch.allclose(first[3] + second[3], t_grad, rtol=1e-8)
 
 
+def reduce_share(rank, folder):
+    """In a process of its own: the gradients of two backward passes, summed over the processes in small buckets."""
+    store = f"file://{(folder / 'store').as_posix()}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    distributed.BUCKET_SIZE = 10
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    model.unused = torch.nn.Parameter(torch.zeros(3))
+    loss = torch.tensor(1.0 + rank)
+    with GradientReducer(model) as reducer:
+        for step in range(2):  # of which the last one counts
+            model.zero_grad()
+            model(torch.full((2, 3), 1.0 + rank + step)).sum().backward()
+            reducer.start()
+            model(torch.full((2, 3), 2.0 + rank + step)).square().sum().backward()
+            started = len(reducer.started)
+            reducer.finish(loss if step else torch.zeros(()))
+    gradients = [p.grad for p in model.parameters()]
+    torch.save([started, len(reducer.buckets), loss, gradients], folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_gradients_are_summed_in_buckets_during_the_last_backward_pass(tmp_path):
+    torch.multiprocessing.spawn(reduce_share, (tmp_path,), nprocs=2)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    for rank in (0, 1):
+        model(torch.full((2, 3), 2.0 + rank)).sum().backward()
+        model(torch.full((2, 3), 3.0 + rank)).square().sum().backward()
+    for rank in (0, 1):
+        started, buckets, loss, gradients = torch.load(tmp_path / f"{rank}.pt")
+        assert (started, buckets) == (2, 3)  # before the end of the pass, but for the unused one
+        assert loss == 3
+        assert gradients[0] is None
+        for found, parameter in zip(gradients[1:], model.parameters(), strict=True):
+            assert torch.allclose(found, parameter.grad)
+
+
 DIES = """
 import os, signal, sys, threading, time
 from pathlib import Path
@@ -132,13 +172,13 @@ def test_killed_process_ends_the_run_with_a_message(tiny_config, tmp_path):
 def test_batch_size_too_small_for_the_processes_is_refused(tiny_config, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
     with pytest.raises(InputError, match="batch_size is 8, with 8 processes: use at least 16"):
-        main.train(tiny_config())
+        main.init_processes(tiny_config())
 
 
 def test_device_for_one_process_is_refused_in_several(tiny_config, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="device is cuda:1, but there are 2 processes: use auto, cuda or cpu"):
-        main.train(tiny_config(device="cuda:1"))
+        main.init_processes(tiny_config(device="cuda:1"))
 
 
 @pytest.mark.parametrize("argv", [["--gan", "joint", "--gan_run", "x"], ["--gan", "pairs"]])
@@ -156,6 +196,6 @@ def test_functions_of_a_single_process_do_nothing():
     assert rank_and_world_size() == (0, 1)
     x = torch.arange(6).view(3, 2)
     assert all_gather_rows(x, None) is x
-    assert (row_counts(3, x.device, None), rows_before(3, x.device, None)) == ([3], 0)
+    assert (row_counts(3, None), rows_before([3], None)) == ([3], 0)
     assert global_sum(torch.tensor(2.0), None) == 2
     assert first_process_first(lambda: 7) == 7

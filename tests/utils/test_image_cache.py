@@ -143,6 +143,35 @@ def test_cache_is_rebuilt_only_when_an_image_changes(image_files, tmp_path, monk
     assert np.array_equal(np.load(build_image_cache(image_files, 20, folder, 0, False).path), np.load(changed))
 
 
+def overwrite(path, array, save=np.save):
+    with open(path, "wb") as file:
+        save(file, array)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:-100]),
+        lambda path: path.write_bytes(b""),
+        lambda path: overwrite(path, np.zeros((5, 20, 20, 4), np.uint8)),
+        lambda path: path.unlink() or os.mkfifo(path),
+        lambda path: overwrite(path.with_suffix(".digests"), np.zeros(5)),
+        lambda path: overwrite(path.with_suffix(".digests"), np.zeros((), "S16")),
+        lambda path: overwrite(path.with_suffix(".digests"), np.zeros(0, "S16")),
+        lambda path: overwrite(path.with_suffix(".digests"), np.zeros(5), np.savez),
+        lambda path: path.with_suffix(".digests").unlink() or os.mkfifo(path.with_suffix(".digests")),
+    ],
+    ids=["cut", "empty", "shape", "FIFO", "type", "scalar", "no digests", "archive", "digests FIFO"],
+)
+def test_damaged_cache_is_rebuilt(image_files, tmp_path, capsys, damage):
+    path = build_image_cache(image_files, 20, tmp_path / "cache", 0, False).path
+    expected = np.array(np.load(path))
+    damage(path)
+    assert build_image_cache(image_files, 20, tmp_path / "cache", 0, False).path == path
+    assert np.array_equal(np.load(path), expected)
+    assert f"{path} is damaged" in capsys.readouterr().err
+
+
 def test_every_split_of_the_same_images_uses_one_cache(image_files, tmp_path):
     folder = tmp_path / "cache"
     complete = build_image_cache(image_files, 20, folder, 0, False)

@@ -1,17 +1,20 @@
 """What a training run prints and records."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from config import DivergenceError
-from utils.log import check_finite, describe_generated, describe_model
+from utils.log import check_training, describe_generated, describe_model
 
 
-def test_check_finite_raises_a_divergence_error():
-    check_finite(torch.tensor(1.0), 7)
+def test_check_training_raises_a_divergence_error():
+    state = SimpleNamespace(scaler=torch.amp.GradScaler("cpu", enabled=False), step=7)
+    check_training(state, torch.tensor(1.0))
     for value in (float("nan"), float("inf")):
         with pytest.raises(DivergenceError, match=rf"the loss is {value} at step 7: lower the learning rates"):
-            check_finite(torch.tensor(value), 7)
+            check_training(state, torch.tensor(value))
 
 
 def test_describe_model_counts_trained_parameters(tiny_model):

@@ -1,18 +1,24 @@
 """Run folders, and the settings of new and resumed runs."""
 
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import flags
+from conftest import ENVIRONMENT, flags
 
+import gan
+import inference
 import main
 from config import Config, InputError
 from utils.files import read_json, write_json
 from utils.runs import (
     GAN_ARCHITECTURE,
     MAY_CHANGE,
+    check_saved_paths,
+    claim_run,
     gan_run_folder,
     model_folder,
     newest_run,
@@ -64,6 +70,81 @@ def test_run_that_is_a_file_is_refused():
         resolve("--run", "x")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights")
+def test_linked_subfolders_of_a_run_are_refused(trained_run, tmp_path, refused):
+    for name in ("best", "index", "best/tokenizer"):
+        run = Path(shutil.copytree(trained_run, tmp_path / name.replace("/", "-")))
+        if not (run / name).exists():
+            (run / name).mkdir()
+        (run / name).rename(tmp_path / "elsewhere")
+        (run / name).symlink_to(tmp_path / "elsewhere")
+        before = sorted((tmp_path / "elsewhere").rglob("*"))
+        for command, argv in ((main.main, ["--resume"]), (gan.main, []), (inference.main, ["a dog"])):
+            assert f"{name} is a symbolic link" in refused(command, [*argv, "--run", run])
+        assert sorted((tmp_path / "elsewhere").rglob("*")) == before
+        shutil.rmtree(tmp_path / "elsewhere")
+
+
+# ---- one process per run ----------------------------------------------------------------------------------------
+
+
+CLAIM = """
+import sys
+from utils.runs import claim_run, resolve_run
+config, sources = resolve_run(sys.argv[1:])
+with claim_run(config, sources) as config:
+    print(config.run, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def claim():
+    """`claim(*argv)`: a process that claims the run of a command line until its input is closed; the first line."""
+    processes = []
+
+    def start(*argv):
+        options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        environment = {**os.environ, **ENVIRONMENT}
+        processes.append(subprocess.Popen([sys.executable, "-c", CLAIM, *argv], env=environment, **options))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def test_run_is_used_by_one_process_at_a_time(claim):
+    first = claim("--run", "x")
+    assert first.stdout.readline() == "x\n"
+    second = claim("--run", "x")
+    assert "x is in use by another process" in second.communicate()[1].splitlines()[-1]
+    assert second.returncode == 1
+    first.kill()  # the lock ends with its process
+    first.wait()
+    third = claim("--run", "x")
+    assert third.stdout.readline() == "x\n"
+    fourth = claim("--run", "a/b")
+    assert fourth.stdout.readline() == "a/b\n"
+    for process in (third, fourth):
+        process.communicate("")
+        assert process.returncode == 0
+    assert list(Path().rglob("*")) == [Path("x")]  # new folders in which nothing was written are removed
+
+
+def test_runs_started_in_the_same_second_have_folders_of_their_own():
+    config, sources = resolve_run([])
+    with claim_run(config, sources) as first:
+        assert first.run == config.run
+        write_json(f"{first.run}/config.json", {})
+    with claim_run(config, sources) as second, claim_run(config, sources) as third:
+        assert (second.run, third.run) == (f"{config.run}-2", f"{config.run}-2")  # a process may lock a run twice
+    assert sorted(path.name for path in Path("runs").rglob("*")) == [Path(config.run).name, "config.json"]
+    with pytest.raises(InputError, match="already contains a run"), claim_run(first, {"run": "flag"}):
+        pass
+
+
 # ---- resuming ---------------------------------------------------------------------------------------------------
 
 
@@ -73,7 +154,7 @@ def test_resume_continues_the_newest_run():
     assert newest_run() == Path("runs/b")
     resumed = resolve("--resume")
     assert (resumed.run, resumed.epochs, resumed.resume) == ("runs/b", 3, True)
-    assert resolve("--resume", "--run", "runs/c").epochs == 1
+    assert resolve("--resume", "--run", "runs/c").epochs == Config().epochs
 
 
 def test_resume_accepts_only_settings_that_do_not_change_what_was_learned():
@@ -103,6 +184,29 @@ def test_resume_reads_the_settings_of_earlier_versions():
     assert resolve("--resume", "--gan_filter_top_k", 7, "--text_tokenizer", "wordpiece") == config
     with pytest.raises(InputError, match="gan_filter_top_k is 8, but .*a was started with 7"):
         resolve("--resume", "--gan_filter_top_k", 8)
+
+
+def test_resume_writes_elsewhere_only_where_flags_say(tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    folder = save_run("a", 0, cache_path=str(elsewhere / "cache"))
+    with pytest.raises(InputError, match="the cache of runs/a is missing: pass --cache_path .*cache to write it there"):
+        resolve("--resume")
+    assert resolve("--resume", "--cache_path", elsewhere / "cache").cache_path == str(elsewhere / "cache")
+    (elsewhere / "cache").mkdir()
+    with pytest.raises(InputError, match="the cache of runs/a is missing"):
+        resolve("--resume")
+    (elsewhere / "cache" / "images-256-x.npy").write_bytes(b"")
+    assert resolve("--resume").cache_path == str(elsewhere / "cache")
+
+    paths = {"image_path": str(elsewhere / "Images"), "captions_path": str(elsewhere / "captions.txt")}
+    write_json(folder / "config.json", {**read_json(folder / "config.json"), **paths, "sample_images": 9})
+    with pytest.raises(InputError, match="the data set of runs/a is missing: pass --image_path .*--captions_path"):
+        resolve("--resume")
+    assert resolve("--resume", *flags(Config(**paths))).sample_images == 9
+    (elsewhere / "captions.txt").write_text("")
+    assert resolve("--resume").sample_images == 9
+    with pytest.raises(InputError, match="the cache of .* is missing"):
+        check_saved_paths({"cache_path": str(elsewhere)}, {}, folder)
 
 
 def test_resume_without_a_run_is_refused(refused):
