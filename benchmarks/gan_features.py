@@ -64,8 +64,8 @@ ARMS = (
 )
 # fmt: on
 METRICS = ("text_to_image_R@1", "text_to_image_R@10", "image_to_text_R@10", "rsum")
-WIDTH = 1024  # of the hidden layers
-GAN_STEPS, GAN_BATCH, GAN_LR, R1_WEIGHT = 2000, 128, 2e-4, 0.1
+WIDTH = 512  # of the hidden layers
+GAN_STEPS, GAN_BATCH, GAN_LR, R1_WEIGHT = 1500, 128, 2e-4, 0.1
 # The combinations left out: the eight pairs of these words that are named together by captions of 50 to 200 training
 # images, the most frequent first, no word in more than two pairs.
 SUBJECTS = ("dog", "man", "woman", "boy", "girl", "child", "people")
@@ -453,10 +453,10 @@ def parse_options(argv):
     parser.add_argument("--arms", nargs="+", choices=ARMS, help="default: all that apply")
     parser.add_argument("--first_seed", type=int, default=101)
     parser.add_argument("--seeds", type=int, default=20, help="number of seeds")
-    parser.add_argument("--ratio", type=float, default=0.5, help="added pairs per real image")
-    parser.add_argument("--weight", type=float, default=0.5, help="loss weight of an added pair; real images: 1")
+    parser.add_argument("--ratio", type=float, default=2.0, help="added pairs per real image")
+    parser.add_argument("--weight", type=float, default=1.0, help="loss weight of an added pair; real images: 1")
     parser.add_argument("--start", type=float, default=0.0, help="fraction of training after which pairs are added")
-    parser.add_argument("--end", type=float, default=0.8, help="fraction of training after which they are not")
+    parser.add_argument("--end", type=float, default=1.0, help="fraction of training after which they are not")
     parser.add_argument("--folder", help="finished seeds; default: runs/gan_features-...")
     options, flags = parser.parse_known_args(argv)
     options.name = "gan_features-" + ("held-out" if options.held_out else f"share-{options.share:g}")

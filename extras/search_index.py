@@ -25,6 +25,7 @@ from dataset import load_splits
 from inference import IMAGE_SUFFIXES, embed_images
 from utils.captions import read_captions
 from utils.cli import one_line
+from utils.device import search_dtype
 from utils.embed import embed_captions
 from utils.files import atomic_write, check_regular
 from utils.hashing import content_hash, file_stat, model_hash
@@ -125,7 +126,7 @@ def scan_images(folder):
 def embed_readable(model, image_files, total=None):
     """Like `embed_images`, but unreadable images get NaN and a warning; InputError if `total` (default: all) fail."""
     failed = {}
-    vectors = embed_images(model, image_files, failed=failed)
+    vectors = embed_images(model, image_files, amp_dtype=search_dtype(model), failed=failed)
     if len(failed) == (total or len(image_files)):
         raise InputError(f"none of the images can be read: {failed[0]}")
     for position, reason in failed.items():
@@ -165,7 +166,7 @@ def index_images(run, gallery):
 def index_captions(run, captions, source, label):
     """The up-to-date `Index` of distinct captions; `source` is the file they come from."""
     file_stats = np.array([(len(caption), 0) for caption in captions], np.int64)
-    embed = partial(embed_captions, run.model, desc="embedding captions")
+    embed = partial(embed_captions, run.model, amp_dtype=search_dtype(run.model), desc="embedding captions")
     return update_index(run, source, label, captions, file_stats, embed, str.encode)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import inference
 import main
 from dataset import TrainingPairs, load_splits
 from modules import READY_MASK, TextEncoder, build_text_backbone
+from utils.device import search_dtype
 from utils.device_augmentation import augment_images
 from utils.tiled_loss import DROPPED
 
@@ -175,6 +177,13 @@ def test_search_on_the_gpu_finds_the_same_images(monkeypatch, capsys, trained_ru
         found = search("cuda")
     assert [result["file"] for result in found] == [result["file"] for result in expected]
     assert mode.waits_in("encode_dataset") == {}
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16), ("float32", None)])
+def test_search_embeds_in_the_precision_of_training_on_the_gpu_only(cuda, precision, dtype):
+    config = SimpleNamespace(precision=precision)
+    assert search_dtype(SimpleNamespace(device=torch.device("cuda"), config=config)) == dtype
+    assert search_dtype(SimpleNamespace(device=torch.device("cpu"), config=config)) is None
 
 
 @pytest.mark.parametrize("model_type", [*READY_MASK, "clip_text_model"])

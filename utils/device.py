@@ -33,6 +33,11 @@ def setup_device(device="auto", precision="auto"):
     return device, {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
+def search_dtype(model):
+    """The autocast dtype in which a search embeds: that of the training on a CUDA GPU, else None (float32)."""
+    return setup_device(model.device, model.config.precision)[1] if model.device.type == "cuda" else None
+
+
 def check_compiler(device):
     """Raise InputError unless torch.compile works for the device; takes seconds."""
     try:
