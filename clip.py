@@ -29,12 +29,13 @@ from modules import (
 from utils.bootstrap import bootstrap_intervals
 from utils.cli import one_line
 from utils.device import full_float32
+from utils.distributed import all_gather_rows, row_counts
 from utils.files import atomic_write, read_json, write_json
 from utils.model_checks import check_encoders
 from utils.pretrained import load_tokenizer
 from utils.runs import model_folder
 from utils.saved_model import build_empty, check_files, checked_content, read_header, read_tensors
-from utils.tiled_loss import dropped_pairs, tiled_contrastive_loss
+from utils.tiled_loss import EqualTexts, dropped_pairs, tiled_contrastive_loss
 
 MAX_LOGIT_SCALE = math.log(100)  # section 2.5: similarities are multiplied by at most 100
 MAX_DENSE_LOGITS = 2**20  # larger (T, T) logit matrices are computed in tiles, which is then faster and smaller
@@ -178,13 +179,20 @@ class CLIP(nn.Module):
 
 
 def contrastive_loss(
-    image_embeddings, text_embeddings, logit_scale, image_index=None, image_ids=None, weights=None, group=None
+    image_embeddings,
+    text_embeddings,
+    logit_scale,
+    image_index=None,
+    image_ids=None,
+    weights=None,
+    group=None,
+    text_ids=None,
 ):
     """The symmetric contrastive loss of CLIP, a float32 scalar.
 
     With one caption per image this is figure 3 of the paper: the mean cross entropy over the rows and over the columns
     of exp(t) I T^T. With several, each caption of an image is a positive, and the others are masked: captions of one
-    image are never each other's negatives.
+    image are never each other's negatives. Nor is a caption that equals one of the image's.
 
     Args:
         image_embeddings: (B, D) unit vectors.
@@ -195,6 +203,7 @@ def contrastive_loss(
             `tiled_loss.DROPPED`: the image and its captions, of weight 0, are nobody's negatives.
         weights: (B,) weight of each image and its captions in the means; None: all 1.
         group: process group over which the batch is spread; see `tiled_contrastive_loss`.
+        text_ids: (T,) captions with the same id are equal; None: all differ.
     """
     device = image_embeddings.device
     if image_index is None:
@@ -209,25 +218,36 @@ def contrastive_loss(
         weights = torch.ones_like(images[:, 0]) if weights is None else weights
         image_ids = torch.arange(len(images), device=device) if image_ids is None else image_ids
         if group is not None or len(texts) ** 2 > MAX_DENSE_LOGITS:
-            return tiled_contrastive_loss(images, texts, t, image_index, image_ids, weights, group, with_dropped)
+            equal = None
+            if text_ids is not None:
+                all_text_ids = all_gather_rows(text_ids, group, row_counts(len(texts), group))
+                equal = EqualTexts(image_index, text_ids, all_text_ids)
+            return tiled_contrastive_loss(images, texts, t, image_index, image_ids, weights, group, with_dropped, equal)
+        return dense_contrastive_loss(images, texts, t, image_index, image_ids, weights, with_dropped, text_ids)
 
-        captions = torch.arange(len(texts), device=device)
-        logits = t.exp() * images @ texts.T  # (B, T)
-        positive = torch.arange(len(images), device=device)[:, None] == image_index  # (B, T)
-        masked = image_ids[:, None] == image_ids[image_index]  # (B, T)
-        if with_dropped:
-            masked |= dropped_pairs(image_ids, image_ids[image_index])
-        masked &= ~positive
-        other_captions = (image_index[:, None] == image_index) & (captions[:, None] != captions)  # (T, T)
-        # One row per caption, against all images; one row per (image, own caption), against other images' captions.
-        text_logits = logits.T.masked_fill(masked.T, -math.inf)  # (T, B)
-        image_logits = logits[image_index].masked_fill(masked[image_index] | other_captions, -math.inf)  # (T, T)
-        text_loss = F.cross_entropy(text_logits, image_index, reduction="none")  # (T,)
-        image_loss = F.cross_entropy(image_logits, captions, reduction="none")  # (T,)
-        image_weights, text_weights = (weights / positive.sum(1))[image_index], weights[image_index]
-        image_loss = (image_weights * image_loss).sum() / weights.sum()
-        text_loss = (text_weights * text_loss).sum() / text_weights.sum()
-        return (image_loss + text_loss) / 2
+
+def dense_contrastive_loss(images, texts, t, image_index, image_ids, weights, with_dropped=False, text_ids=None):
+    """`contrastive_loss` from the whole similarity matrix."""
+    captions = torch.arange(len(texts), device=images.device)
+    logits = t.exp() * images @ texts.T  # (B, T)
+    positive = torch.arange(len(images), device=images.device)[:, None] == image_index  # (B, T)
+    masked = image_ids[:, None] == image_ids[image_index]  # (B, T)
+    if with_dropped:
+        masked |= dropped_pairs(image_ids, image_ids[image_index])
+    if text_ids is not None:
+        same_text = (text_ids[:, None] == text_ids).to(logits.dtype)  # (T, T)
+        masked |= torch.zeros_like(logits.detach()).index_add_(0, image_index, same_text) > 0
+    masked &= ~positive
+    other_captions = (image_index[:, None] == image_index) & (captions[:, None] != captions)  # (T, T)
+    # One row per caption, against all images; one row per (image, own caption), against other images' captions.
+    text_logits = logits.T.masked_fill(masked.T, -math.inf)  # (T, B)
+    image_logits = logits[image_index].masked_fill(masked[image_index] | other_captions, -math.inf)  # (T, T)
+    text_loss = F.cross_entropy(text_logits, image_index, reduction="none")  # (T,)
+    image_loss = F.cross_entropy(image_logits, captions, reduction="none")  # (T,)
+    image_weights, text_weights = (weights / positive.sum(1))[image_index], weights[image_index]
+    image_loss = (image_weights * image_loss).sum() / weights.sum()
+    text_loss = (text_weights * text_loss).sum() / text_weights.sum()
+    return (image_loss + text_loss) / 2
 
 
 # ---- retrieval metrics ------------------------------------------------------------------------------------------
@@ -235,7 +255,7 @@ def contrastive_loss(
 
 @torch.no_grad()
 @full_float32()
-def retrieval_metrics(image_embeddings, text_embeddings, image_index, num_draws=0):
+def retrieval_metrics(image_embeddings, text_embeddings, image_index, num_draws=0, text_ids=None):
     """Recall at 1, 5 and 10 (percent), median ranks and rsum, under the five-caption protocol, as a dict.
 
     Every caption is a query for its one image; the query of an image is a hit if any of its own captions is in the
@@ -245,6 +265,8 @@ def retrieval_metrics(image_embeddings, text_embeddings, image_index, num_draws=
         image_embeddings: (N, D), text_embeddings: (T, D).
         image_index: (T,) the row of each caption's image.
         num_draws: bootstrap draws for "ci95", the half widths of the recalls' 95% confidence intervals; 0: none.
+        text_ids: (T,) ids of equal captions, or None. With ids, "equal_captions" holds the same metrics where a caption
+            belongs to every image that has an equal one.
 
     Raises DivergenceError for embeddings that are not finite.
     """
@@ -252,9 +274,23 @@ def retrieval_metrics(image_embeddings, text_embeddings, image_index, num_draws=
         if not embeddings.isfinite().all():
             raise DivergenceError(f"{name} embeddings are not finite: lower the learning rates, or use float32")
     image_index = torch.as_tensor(image_index, device=image_embeddings.device)
+    metrics = metrics_of(rank_positives(image_embeddings, text_embeddings, image_index), image_index, num_draws)
+    if text_ids is not None:
+        text_ids = torch.as_tensor(text_ids, device=image_index.device)
+        equal = EqualTexts(image_index, text_ids, text_ids)
+        ranks = rank_positives(image_embeddings, text_embeddings, image_index, equal)
+        metrics["equal_captions"] = metrics_of(ranks, image_index, num_draws)
+    return metrics
+
+
+def rank_positives(image_embeddings, text_embeddings, image_index, equal=None):
+    """The rank of each image's best own caption among all, (N,), and of each caption's best image, (T,), from 1 on.
+
+    equal: `EqualTexts`, whose pairs are positives, too, or None.
+    """
     num_images, device = len(image_embeddings), image_embeddings.device
-    best = torch.full((num_images,), -math.inf, device=device)  # each image's best own caption
-    own = torch.empty(len(text_embeddings), device=device)  # each caption's score with its image
+    best = torch.full((num_images,), -math.inf, device=device)  # the score of each image's best own caption
+    own = torch.full((len(text_embeddings),), -math.inf, device=device)  # of each caption's best image
 
     def tiles():
         """Yield tiles of the (T, N) matrix: caption slice, image slice, scores, and positions of the positives."""
@@ -265,29 +301,40 @@ def retrieval_metrics(image_embeddings, text_embeddings, image_index, num_draws=
                 scores = text_embeddings[texts] @ image_embeddings[images].T
                 columns = image_index[texts] - first
                 rows = ((columns >= 0) & (columns < scores.shape[1])).nonzero()[:, 0]
-                yield texts, images, scores, (rows, columns[rows])
+                columns = columns[rows]
+                if equal is not None:
+                    image_rows, captions, pairs = equal.block(images, texts)
+                    a, b = pairs.nonzero(as_tuple=True)
+                    rows, columns = torch.cat([rows, captions[b]]), torch.cat([columns, image_rows[a, 0]])
+                yield texts, images, scores, (rows, columns)
 
     for texts, images, scores, (rows, columns) in tiles():
         found = scores[rows, columns]
-        own[texts][rows] = found
+        own[texts].scatter_reduce_(0, rows, found, "amax")
         best[images].scatter_reduce_(0, columns, found, "amax")
-    images_after = torch.zeros(len(text_embeddings), dtype=torch.int64, device=device)
-    captions_before = torch.zeros(num_images, dtype=torch.int64, device=device)
+    image_ranks = torch.ones(num_images, dtype=torch.int64, device=device)
+    text_ranks = torch.ones(len(text_embeddings), dtype=torch.int64, device=device)
     for texts, images, scores, positives in tiles():
-        images_after[texts] += (scores < own[texts][:, None]).sum(1)
-        before = ~(scores < best[images])
-        before[positives] = False
-        captions_before[images] += before.sum(0)
-    metrics, hits, rows = {}, {}, torch.arange(num_images)
-    for name, ranks, owners in (
-        ("image_to_text", captions_before + 1, rows),
-        ("text_to_image", num_images - images_after, image_index.cpu()),
-    ):
-        ranks = ranks.cpu().numpy()
+        for ranks, part, scores_of_best, dim in (
+            (text_ranks, texts, own[texts][:, None], 1),
+            (image_ranks, images, best[images], 0),
+        ):
+            before = scores >= scores_of_best
+            before[positives] = False
+            ranks[part] += before.sum(dim)
+    return image_ranks, text_ranks
+
+
+def metrics_of(ranks, image_index, num_draws=0):
+    """The metrics of the ranks of N images and T captions; see `retrieval_metrics`."""
+    metrics, hits, num_images = {}, {}, len(ranks[0])
+    owners = torch.arange(num_images), image_index.cpu()
+    for name, ranks_, owner in zip(("image_to_text", "text_to_image"), ranks, owners, strict=True):
+        values = ranks_.cpu().numpy()
         for k in (1, 5, 10):
-            hits[f"{name}_R@{k}"] = owners.numpy(), ranks <= k
-            metrics[f"{name}_R@{k}"] = 100 * int((ranks <= k).sum()) / len(ranks)
-        metrics[f"{name}_median_rank"] = float(np.median(ranks))
+            hits[f"{name}_R@{k}"] = owner.numpy(), values <= k
+            metrics[f"{name}_R@{k}"] = 100 * int((values <= k).sum()) / len(values)
+        metrics[f"{name}_median_rank"] = float(np.median(values))
     metrics["rsum"] = sum(value for name, value in metrics.items() if "R@" in name)
     if num_draws:
         metrics["ci95"] = bootstrap_intervals(hits, num_images, num_draws)
@@ -305,6 +352,9 @@ def format_metrics(metrics):
     for way in ("image_to_text", "text_to_image"):
         values = "".join(f"{value(f'{way}_R@{k}'):>12}" for k in (1, 5, 10))
         lines.append(f"{way.replace('_', ' '):<15}{values}{metrics[f'{way}_median_rank']:13.0f}")
+    if "equal_captions" in metrics:
+        lines += [f"rsum {value('rsum')}", "\nwith every image that has the caption as correct:"]
+        return "\n".join([*lines, format_metrics(metrics["equal_captions"])])
     return "\n".join([*lines, f"rsum {value('rsum')}"])
 
 
@@ -344,7 +394,7 @@ def load_model(folder, device="cpu"):
     path, tokenizer = folder / "model.safetensors", load_tokenizer(folder / "tokenizer")
     header = read_header(path)
     try:
-        config = build_config(content["settings"])
+        config = build_config({**content["settings"], "run": str(folder)})  # it may have been moved
         model = build_empty(lambda: CLIP(config, tokenizer, saved=content), header)
         model.load_state_dict(read_tensors(path), assign=True)
         check_encoders(model.eval())

@@ -53,6 +53,7 @@ class Config:
     num_workers: int = setting(default_workers(), "data loading processes; 0: load in the training process", 0, 256)
     crop_scale: float = setting(0.5, "minimum area fraction of a random training crop; 1: no cropping", 0.05, 1)
     color_jitter: float = setting(0.2, "strength of the brightness, contrast and saturation jitter in training", 0, 1)
+    flip: bool = setting(True, "mirror training images at random, except those whose captions name left or right")
     seed: int = setting(42, "random seed of the split, weights, batch order and augmentation", 0, 2**31 - 1)
 
     # ---- model ------------------------------------------------------------------------------------------------
@@ -119,6 +120,10 @@ class Config:
     gan_captions: str = setting("", "file with captions to generate images for, one per line; empty: training captions")
     gan_clip_weight: float = setting(0.25, "CLIP guidance: gradient norm relative to the discriminator's; 0: none",
                                      0, 10)
+
+    # ---- logging ----------------------------------------------------------------------------------------------
+    log: str = setting("none", "where metrics and figures are logged, besides the run folder (optional packages)",
+                       choices=("none", "tensorboard", "wandb"))
 
     # ---- device and precision ---------------------------------------------------------------------------------
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")

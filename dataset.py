@@ -7,7 +7,8 @@ import dataclasses
 import os
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # no network request at import
@@ -20,14 +21,29 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from config import InputError
-from utils.captions import FLICKR8K_HELP, find_captions_file, read_captions, train_tokenizer
+from utils.captions import (
+    FLICKR8K_HELP,
+    find_captions_file,
+    read_captions,
+    read_pairs,
+    shared_captions,
+    text_ids,
+    train_tokenizer,
+)
 from utils.device_augmentation import draw_augmentation
-from utils.files import read_lines
 from utils.image_cache import EvaluationImages, ImageStore, open_images, prepare_worker, resize_image
+from utils.image_files import check_files, find_images
+from utils.splits import choose_splits, describe_splits, split_images
 
-SPLIT_FILES = {"train": "*trainImages.txt", "validation": "*devImages.txt", "test": "*testImages.txt"}
-# Captions that match mention left or right, so their images must not be flipped.
-SIDED = re.compile(r"\b(left|right)\b", re.IGNORECASE)
+# Captions that match mention left or right, so their images must not be flipped: English, German and Dutch, French,
+# Spanish and Portuguese, Italian, Scandinavian languages, Polish, Russian, Chinese and Japanese, Korean.
+SIDED = re.compile(
+    r"\b(?=[lrgdiesvhpлспв])(left|right|(left|right)(hand|most|ward)|links|rechts|(link|recht)(s?e|e[rnsm])|gauches?"
+    r"|droite?s?|izquierd[ao]s?|derech[ao]s?|esquerd[ao]s?|direit[ao]s?|sinistr[aoe]|destr[aoe]|vänstra?|högra?|höger"
+    r"|vänster|venstre|højre|høyre|(lew|praw)(a|y|o|ej|ą|ym|ego)|слева|справа|влево|вправо|лев\w{2,3}|прав\w{2,3})\b"
+    r"|[左右]|왼|오른",
+    re.IGNORECASE,
+)
 
 
 # ---- splits -----------------------------------------------------------------------------------------------------
@@ -45,22 +61,33 @@ class Pairs:
     images: ImageStore | None = None  # set by `open_images`
     image_features: torch.Tensor | None = None  # (N, F) of a frozen image encoder
     text_features: torch.Tensor | None = None  # (T, F) of a frozen text encoder
+    source: list[str] = field(default_factory=list)  # lines about the captions file and the split
+
+    @cached_property
+    def text_ids(self):
+        """(T,) ids of equal captions, see `captions.text_ids`; None if no two images have an equal caption."""
+        ids = text_ids(self.captions)
+        return ids if len(ids) and shared_captions(ids, self.image_index).any() else None
 
     def captions_of(self, image):
         """The indices of an image's captions, as a range."""
         return range(*self.caption_offsets[image : image + 2].tolist())
 
 
-def make_pairs(captions_by_name, folder, names=None):
-    """Build the `Pairs` of the named images (default: all), in that order, from {name: captions}."""
+def make_pairs(captions_by_name, folder, names=None, files=None, source=()):
+    """Build the `Pairs` of the named images (default: all), in that order, from {name: captions}.
+
+    files: {name: file}; default: the names, in the folder.
+    """
     names = list(captions_by_name) if names is None else names
     counts = np.array([len(captions_by_name[name]) for name in names], dtype=np.int64)
     return Pairs(
         names=names,
-        files=[Path(folder) / name for name in names],
+        files=[files[name] if files else Path(folder) / name for name in names],
         captions=[caption for name in names for caption in captions_by_name[name]],
         image_index=np.repeat(np.arange(len(names)), counts),
         caption_offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        source=list(source),
     )
 
 
@@ -93,98 +120,28 @@ def filter_pairs(pairs, words):
     return subset_pairs(pairs, kept)
 
 
-def split_images(images, folder, seed):
-    """Image names by split: {"train": [...], "validation": [...], "test": [...]}; raises InputError.
-
-    Official split files in `folder` (SPLIT_FILES) are used where they exist; without any, a seeded 80/10/10 split.
-    Without a training list, all unlisted images are training images. Without a validation list, a tenth of the
-    training images is used for validation. Without a test list, the test split is empty.
-    """
-    listed = read_split_files(images, folder)
-    order = np.random.default_rng(seed).permutation(sorted(images)).tolist()
-    if not listed:
-        tenth = len(order) // 10
-        return {"train": order[2 * tenth :], "validation": order[tenth : 2 * tenth], "test": order[:tenth]}
-    if "train" not in listed:
-        taken = {name for names in listed.values() for name in names}
-        listed["train"] = [name for name in order if name not in taken]
-    if "validation" not in listed:
-        listed_train = set(listed["train"])
-        train = [name for name in order if name in listed_train]
-        listed["validation"], listed["train"] = train[: len(train) // 10], train[len(train) // 10 :]
-    return {split: listed.get(split, []) for split in SPLIT_FILES}
-
-
-def find_split_files(folder):
-    """{split: its official split file}; hidden files (macOS writes `._name` beside `name`) are ignored."""
-    visible = sorted(path for path in Path(folder).glob("[!.]*") if path.is_file())
-    found = {split: [path for path in visible if path.match(pattern)] for split, pattern in SPLIT_FILES.items()}
-    return {split: paths[0] for split, paths in found.items() if paths}
-
-
-def read_split_files(images, folder):
-    known, listed, seen = set(images), {}, {}
-    for split, path in find_split_files(folder).items():
-        names = list(dict.fromkeys(read_lines(path)))
-        unknown = [name for name in names if name not in known]
-        if unknown:
-            more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
-            raise InputError(f"{path} lists {unknown[0]}{more}, not found in the captions file")
-        for name in names:
-            if name in seen:
-                raise InputError(f"{name} is in two split files, {seen[name]} and {path.name}")
-            seen[name] = path.name
-        listed[split] = names
-    return listed
-
-
 def load_splits(config):
-    """The splits of the configured data set, {"train": Pairs, "validation": ..., "test": ...}; raises InputError."""
+    """The splits of the configured data set, {"train": Pairs, "validation": ..., "test": ...}; raises InputError.
+
+    A run that has been started keeps its split, whatever has been added to the captions file.
+    """
     folder = Path(config.image_path)
     if not folder.is_dir():
         raise InputError(f"image_path is {folder}, which is not a folder. {FLICKR8K_HELP}")
     captions_file = find_captions_file(config.captions_path)
-    captions_by_name = captions_by_image(read_captions(captions_file))
-    splits = split_images(list(captions_by_name), captions_file.parent, config.seed)
-    check_files([folder / name for split in splits.values() for name in split])
+    frame = read_pairs(captions_file, folder)
+    captions_by_name = captions_by_image(frame)
+    splits, source = choose_splits(config, frame, list(captions_by_name), captions_file)
+    names = [name for split in splits.values() for name in split]
+    files = dict(zip(names, find_images(folder, names), strict=True))
+    check_files(files.values())
     if len(splits["train"]) < 2 or not splits["validation"]:
         raise InputError(
             f"{captions_file} yields {len(splits['train'])} training and {len(splits['validation'])} validation "
             "images: training needs at least 2, validation 1"
         )
-    return {split: make_pairs(captions_by_name, folder, names) for split, names in splits.items()}
-
-
-def describe_splits(config, splits):
-    """A line about the data: images per split, captions, source of the split; and a warning if a batch is too large."""
-    counts = " / ".join(f"{split} {len(pairs.files):,}" for split, pairs in splits.items())
-    captions = sum(len(pairs.captions) for pairs in splits.values())
-    official = find_split_files(find_captions_file(config.captions_path).parent)
-    source = "official split files" if official else f"random split (seed {config.seed})"
-    line = f"data: {counts} images, {captions:,} captions, {source}"
-    if shared := sum(count_shared(pairs) for pairs in splits.values()):
-        line += f"\nnote: {shared:,} captions occur at several images; recalls count only the own image as correct"
-    if config.batch_size > len(splits["train"].files):
-        line += (
-            f"\nwarning: batch_size is {config.batch_size}, more than the training images; one batch has all of them"
-        )
-    return line
-
-
-def count_shared(pairs):
-    """The number of captions that are also captions of another image of the split."""
-    images = {}
-    for caption, image in zip(pairs.captions, pairs.image_index.tolist(), strict=True):
-        images.setdefault(" ".join(caption.lower().split()), set()).add(image)
-    return sum(len(images[" ".join(caption.lower().split())]) > 1 for caption in pairs.captions)
-
-
-def check_files(files, where="image_path"):
-    """Raise InputError if any image is missing; the message names the first and counts the others."""
-    missing = [file for file in files if not os.path.isfile(file)]  # False, not an error, for an invalid name
-    if missing:
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise InputError(f"image {missing[0]} is missing{more}: is {where} right?")
+    notes = [source, f"captions: {captions_file.name}, {frame.attrs['format']}", *frame.attrs["notes"]]
+    return {split: make_pairs(captions_by_name, folder, names, files, notes) for split, names in splits.items()}
 
 
 # ---- transforms -------------------------------------------------------------------------------------------------
@@ -220,18 +177,28 @@ class TokenStore:
     """Tokenised captions: all ids in one int32 array, caption j at offsets[j] .. offsets[j + 1] - 1."""
 
     def __init__(self, tokenizer, captions, max_length):
-        lists = []
+        lengths, parts = [0], [np.zeros(0, dtype=np.int32)]
         for start in range(0, len(captions), 10_000):
-            part = captions[start : start + 10_000]
-            lists += tokenizer(part, truncation=True, max_length=max_length)["input_ids"]
-        self.offsets = np.cumsum([0] + [len(ids) for ids in lists], dtype=np.int64)
-        self.ids = np.fromiter((i for ids in lists for i in ids), dtype=np.int32, count=int(self.offsets[-1]))
+            lists = encode_captions(tokenizer, captions[start : start + 10_000], max_length)
+            lengths += map(len, lists)
+            parts.append(np.fromiter((i for ids in lists for i in ids), dtype=np.int32))
+        self.offsets, self.ids = np.cumsum(lengths, dtype=np.int64), np.concatenate(parts)
 
     def __len__(self):
         return len(self.offsets) - 1
 
     def __getitem__(self, caption):
         return self.ids[self.offsets[caption] : self.offsets[caption + 1]]
+
+
+def encode_captions(tokenizer, captions, max_length):
+    """The token ids of each caption, as `tokenizer(...)` gives them; twice as fast where it allows."""
+    if not getattr(tokenizer, "is_fast", False) or tokenizer.truncation_side != "right":
+        return tokenizer(captions, truncation=True, max_length=max_length)["input_ids"]
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.enable_truncation(max_length)
+    return [encoding.ids for encoding in backend.encode_batch_fast(captions)]
 
 
 def pad_tokens(token_arrays, pad_id):
@@ -262,25 +229,26 @@ class Batch:
     text_parts: tuple | None = None  # of (captions, tokens): captions sorted by length, for a GPU; None: one part
     weights: torch.Tensor | None = None  # (B,) loss weights; None: all 1
     augmentation: torch.Tensor | None = None  # (B, 8) parameters of `augment_images`; then `images` are as stored
+    text_ids: torch.Tensor | None = None  # (T,) captions of the same id are equal and never negatives; None: all differ
 
     def __len__(self):
         return len(self.image_ids)
 
     def to(self, device):
-        return self.map(lambda x: x.to(device, non_blocking=True))
+        copied = {name: x.to(device, non_blocking=True) for name, x in vars(self).items() if torch.is_tensor(x)}
+        return dataclasses.replace(self, **copied)
 
     def pin_memory(self):
         """Called by the DataLoader."""
-        return self.map(torch.Tensor.pin_memory)
-
-    def map(self, function):
-        return Batch(**{name: function(x) if torch.is_tensor(x) else x for name, x in vars(self).items()})
+        pinned = {name: x.pin_memory() for name, x in vars(self).items() if torch.is_tensor(x)}
+        return dataclasses.replace(self, **pinned)
 
 
 def pair_targets(batches):
-    """The targets of concatenated batches for the loss: a dict of image_index, image_ids and weights."""
+    """The targets of concatenated batches for the loss: a dict of image_index, image_ids, weights and text_ids."""
+    first = batches[0]
     if len(batches) == 1:
-        return {"image_index": batches[0].image_index, "image_ids": batches[0].image_ids, "weights": batches[0].weights}
+        return {name: getattr(first, name) for name in ("image_index", "image_ids", "weights", "text_ids")}
     image_index, weights, rows = [], [], 0
     for batch in batches:
         image_index.append(batch.image_index + rows)
@@ -289,7 +257,9 @@ def pair_targets(batches):
         )
         rows += len(batch)
     image_ids = torch.cat([batch.image_ids for batch in batches])
-    return {"image_index": torch.cat(image_index), "image_ids": image_ids, "weights": torch.cat(weights)}
+    texts = None if first.text_ids is None else torch.cat([batch.text_ids for batch in batches])
+    targets = {"image_index": torch.cat(image_index), "image_ids": image_ids, "weights": torch.cat(weights)}
+    return {**targets, "text_ids": texts}
 
 
 def derive_seed(*numbers):
@@ -363,7 +333,8 @@ class TrainingPairs(Dataset):
     """Training items keyed by (epoch, image, captions); the crop depends only on the seed and the key.
 
     `image_features` (N, F) or `text_features` (T, F), if given, are used in place of the input of a frozen encoder.
-    on_device: images stay as stored, to be augmented on the device with parameters that are drawn here.
+    on_device: images stay as stored, to be augmented on the device with parameters that are drawn here. Without a
+    `store` they are there already.
     """
 
     def __init__(self, pairs, store, tokens, pad_id, config, image_features=None, text_features=None, on_device=False):
@@ -371,17 +342,18 @@ class TrainingPairs(Dataset):
         self.store, self.tokens, self.pad_id, self.seed = store, tokens, pad_id, config.seed
         self.image_features, self.text_features = image_features, text_features
         self.transform = TrainTransform(config.size, config.crop_scale, config.color_jitter)
-        self.sided = np.array([bool(SIDED.search(caption)) for caption in pairs.captions])
+        self.keep_sides = np.array([not config.flip or bool(SIDED.search(caption)) for caption in pairs.captions])
+        self.text_ids = pairs.text_ids
 
     def __getitem__(self, key):
         epoch, image, captions = key
         if self.image_features is not None:
             return image, captions, self.image_features[image]
-        flip = not self.sided[list(captions)].any()  # a flipped image would contradict "left"
+        flip = not self.keep_sides[list(captions)].any()  # a flipped image would contradict "left"
         seed = [self.seed, epoch, image, captions[0]]
         if self.on_device:
             drawn = draw_augmentation(seed, flip, self.config.crop_scale, self.config.color_jitter)
-            return image, captions, (self.store[image], drawn)
+            return image, captions, (self.store[image] if self.store else None, drawn)
         return image, captions, self.transform(self.store[image], seed, flip)
 
     def collate(self, items):
@@ -390,11 +362,14 @@ class TrainingPairs(Dataset):
         captions = [caption for group in groups for caption in group]
         counts = torch.tensor([len(group) for group in groups])
         batch = Batch(torch.repeat_interleave(torch.arange(len(items)), counts), torch.tensor(images))
+        if self.text_ids is not None:
+            batch.text_ids = torch.from_numpy(self.text_ids[captions])
         if self.image_features is None:
             if self.on_device:
                 inputs, drawn = zip(*inputs, strict=True)
                 batch.augmentation = torch.from_numpy(np.stack(drawn))
-            batch.images = torch.from_numpy(np.stack(inputs)).permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W)
+            if self.store:
+                batch.images = torch.from_numpy(np.stack(inputs)).permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W)
         else:
             batch.image_features = torch.stack(inputs)
         if self.text_features is not None:
@@ -404,6 +379,7 @@ class TrainingPairs(Dataset):
             if self.on_device:
                 order = sorted(range(len(arrays)), key=lambda row: len(arrays[row]))
                 arrays, batch.image_index = [arrays[row] for row in order], batch.image_index[order]
+                batch.text_ids = None if batch.text_ids is None else batch.text_ids[order]
                 batch.text_parts = split_by_length([len(ids) for ids in arrays])
             batch.input_ids, batch.attention_mask = pad_tokens(arrays, self.pad_id)
         return batch

@@ -34,12 +34,14 @@ from torch import nn
 from clip import load_model
 from dataset import SIDED, Batch, TokenStore, derive_seed, filter_pairs, load_splits, mentions, pad_tokens
 from utils import gan_data
+from utils.captions import text_ids
 from utils.clip_filter import CLIPFilter, captions_to_generate, check_settings
 from utils.device import autocast, setup_device, to_device
 from utils.distributed import all_reduce_sum
 from utils.embed import embed_captions
 from utils.gan_layers import CONDITION_DIM, NOISE_DIM, CaptionConditioning, DownBlock, UpBlock, leaky, stage_channels
 from utils.tiled_loss import DROPPED
+from utils.tracking import Tracker
 
 ADAM_BETAS = (0.0, 0.9)  # as in DF-GAN
 R1_INTERVAL = 8  # steps; the penalty is multiplied by it (lazy regularisation, StyleGAN2)
@@ -246,6 +248,7 @@ def train_gan(config):
     alone, so resuming gives the same result. Ctrl-C and SIGTERM raise KeyboardInterrupt.
     """
     folder = Path(config.run) / "gan"
+    tracker = Tracker(config)
     device, amp_dtype = setup_device(config.device, config.precision)
     clip = load_model(config.run, device).requires_grad_(False)
     splits = load_gan_splits(config, clip.config.seed)  # the split of the CLIP: test images stay unseen
@@ -270,6 +273,8 @@ def train_gan(config):
             gan_data.save_generator(gan.ema, folder, settings=settings)
             gan_data.save_checkpoint(gan, folder, history)  # last: it marks the epoch as finished
             gan_data.plot_samples(sample, validation, folder / "samples.png")
+            tracker.numbers({"gan": line}, gan.step)
+            tracker.figure("gan/samples", folder / "samples.png", gan.step)
             bar.write(gan_data.format_epoch(line, config.gan_epochs))
     return folder
 
@@ -330,7 +335,9 @@ class GANAugmentation:
         captions, image_ids = captions_to_generate(config, pairs, words, mentions)
         self.image_ids = torch.as_tensor(image_ids, device=device)  # (T,)
         self.embeddings = embed_captions(self.clip, captions, desc="embedding captions")  # (T, D)
-        self.clip_filter = CLIPFilter(self.clip, self.embeddings, self.image_ids, pairs, config, amp_dtype)
+        self.clip_filter = CLIPFilter(self.clip, captions, self.embeddings, self.image_ids, pairs, config, amp_dtype)
+        # As in the real batches; captions that equal those of training images have their ids (`group_captions`).
+        self.text_ids = None if pairs.text_ids is None else torch.from_numpy(text_ids(captions)).to(device)
         self.tokens, self.pad_id = TokenStore(model.tokenizer, captions, model.max_length), model.tokenizer.pad_token_id
         self.tokens_hash = hashlib.sha256(self.tokens.ids.tobytes()).hexdigest()
         self.counts = torch.zeros(2, dtype=torch.int64, device=device)  # images generated and kept, this epoch
@@ -373,8 +380,10 @@ class GANAugmentation:
             images = torch.where(kept[:, None, None, None], images, images.nan_to_num())  # 0 times NaN would be NaN
         image_ids = self.image_ids[chosen[rows]].masked_fill(~kept, DROPPED)
         input_ids, mask = (x[rows] for x in tokens)
-        index = torch.arange(len(rows), device=self.device)
-        return Batch(index, image_ids, images, input_ids=input_ids, attention_mask=mask, weights=weights)
+        targets = torch.arange(len(rows), device=self.device), image_ids
+        texts = None if self.text_ids is None else self.text_ids[chosen[rows]]
+        tokens = {"input_ids": input_ids, "attention_mask": mask}
+        return Batch(*targets, images, **tokens, weights=weights, text_ids=texts)
 
     def generate_images(self, chosen, random):
         """(B, 3, size, size) images in [0, 1] for caption indices (B,)."""

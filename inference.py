@@ -14,8 +14,8 @@ from pathlib import Path
 from config import InputError
 from utils.cli import exit_on_input_error
 from utils.flags import OneLineParser
+from utils.image_files import find_images, is_image_name, printable_name
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 PLOT_SUFFIXES = (".png", ".jpg", ".webp", ".pdf", ".svg")
 
 
@@ -51,7 +51,7 @@ def parse_arguments(argv=None):
     output, suffixes = Path(a.output), ", ".join(PLOT_SUFFIXES)
     no_query = not a.query or not all(sentence.strip() for sentence in a.query)
     taken = f" ({a.run[-1]!r} was read as a run)" if a.run and len(a.run) > 1 else ""
-    image = next((name for name in a.query if is_image_name(name) and os.path.isfile(name)), None)
+    file = next((name for name in a.query if os.path.isfile(name)), None)
     bad_output = output.suffix.lower() not in PLOT_SUFFIXES or not output.parent.is_dir() or output.is_dir()
     for refused, message in (
         (bad_output, f"output is {a.output}: use a {suffixes} file in an existing folder"),
@@ -62,15 +62,11 @@ def parse_arguments(argv=None):
         (a.evaluate and not (a.image_path and a.captions_path), "--evaluate needs --image_path and --captions_path"),
         (no_mode and a.labels is not None, "--labels needs --image or --zero_shot"),
         (no_mode and no_query, f'the query is empty{taken}: python inference.py "two dogs on the grass"'),
-        (image, f"the query is {image}, an image: pass --image {image}"),
+        (file, f"the query is {file}, a file: to search with an image, pass --image {file}"),
     ):
         if refused:
             raise InputError(message)
     return a
-
-
-def is_image_name(name):
-    return Path(name).suffix.lower() in IMAGE_SUFFIXES
 
 
 if __name__ == "__main__":
@@ -80,9 +76,10 @@ import torch
 
 from clip import format_metrics, load_model, retrieval_metrics
 from dataset import EvaluationImages, ImageStore, captions_by_image, check_files, make_pairs
-from utils.captions import read_captions
+from utils.captions import read_pairs
 from utils.device import setup_device
 from utils.embed import embed_captions, encode_dataset, fast_image_encoder, image_batch_size
+from utils.formats import clean_text
 from utils.image_cache import storage_resolution
 from utils.plotting import MATCH, WEAK, plot_bars, plot_grid, report_plot
 from utils.runs import newest_run
@@ -196,16 +193,22 @@ def build_query(start, plus=(), minus=()):
     """A query as a weighted sum, [(weight, sentence or Path), ...]; raises InputError."""
     if not str(start).strip():
         raise InputError("the query is empty: describe what the image should show")
-    query = [(1.0, start)]
+    query = [(1.0, query_part(start))]
     for flag, sign, text in [("--plus", 1, text) for text in plus] + [("--minus", -1, text) for text in minus]:
         weight, value = re.fullmatch(r"(?:(\d+\.?\d*|\.\d+):)?(.*)", text, re.DOTALL).groups()
         if not value.strip():
             raise InputError(f"{flag} is {text!r}, without a sentence or an image file")
-        if is_image_name(value):
-            value = Path(value)
-            check_files([value], flag)
-        query.append((sign * float(weight or 1), value))
+        query.append((sign * float(weight or 1), query_part(value, flag)))
     return query
+
+
+def query_part(value, flag=""):
+    """A `Path` for the name of an image or any file that exists, else a sentence; raises InputError."""
+    if isinstance(value, str) and not os.path.isfile(value) and not (flag and is_image_name(value)):
+        return clean_text(value)
+    if flag:
+        check_files([Path(value)], flag)
+    return Path(value)
 
 
 def format_query(query):
@@ -282,7 +285,7 @@ def print_answers(answers, as_json):
     for each, r in [] if as_json else [(answer, r) for answer in answers for r in answer["results"]]:
         decision, query = DECISIONS[r["match"]][0] or "-", " ".join(each["query"].split())
         cells = [f"{r['score']:.4f}", f"{r['z_score']:+.1f}", decision, each["kind"], query]
-        lines.append("\t".join([*cells, r.get("file") or r["caption"]]))
+        lines.append("\t".join([*cells, printable_name(r.get("file") or r["caption"])]))
     try:
         print("".join(f"{line}\n" for line in lines), end="", flush=True)
     except BrokenPipeError:  # closed by `| head`; Python would raise again at exit
@@ -312,19 +315,21 @@ def plot_answers(answers, arguments):
 
 
 def image_title(result):
-    name = Path(result["file"]).name
+    name = printable_name(Path(result["file"]).name)
     name = name if len(name) < 32 else f"{name[:18]}...{name[-10:]}"
     return f"{name}\n{result['score']:.3f}   z {result['z_score']:+.1f}   {DECISIONS[result['match']][0]}".rstrip()
 
 
 def evaluate(models, arguments):
     """Print the retrieval metrics on all images of a captions file."""
-    pairs = make_pairs(captions_by_image(read_captions(arguments.captions_path)), arguments.image_path)
+    frame = read_pairs(arguments.captions_path, arguments.image_path)
+    pairs = make_pairs(captions_by_image(frame), arguments.image_path)
+    pairs.files = find_images(arguments.image_path, pairs.names)
     check_files(pairs.files)
     # Concatenated embeddings, divided by sqrt(models): dot products are mean similarities over the models.
     images = torch.cat([embed_images(model, pairs.files) for model in models], 1) / len(models) ** 0.5
     texts = torch.cat([embed_captions(model, pairs.captions) for model in models], 1) / len(models) ** 0.5
-    metrics = retrieval_metrics(images, texts, pairs.image_index, num_draws=1000)
+    metrics = retrieval_metrics(images, texts, pairs.image_index, num_draws=1000, text_ids=pairs.text_ids)
     counts = {"images": len(pairs.files), "captions": len(pairs.captions)}
     print(json.dumps({**counts, **metrics}) if arguments.json else format_metrics(metrics))
 

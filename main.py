@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from utils.cli import error_line, exit_on_input_error, sigterm_as_interrupt, stop_signals
+from utils.cli import exit_on_input_error, sigterm_as_interrupt, stop_signals
 from utils.runs import claim_run, resolve_run
 
 if __name__ == "__main__":
@@ -33,7 +33,7 @@ from dataset import (
 )
 from utils.checkpoint import create_run_folder, load_checkpoint, save_checkpoint
 from utils.device import setup_device
-from utils.device_augmentation import augment_images
+from utils.device_augmentation import LoaderWithImages, augment_images
 from utils.distributed import (
     GradientReducer,
     average_batchnorm_stats,
@@ -54,6 +54,7 @@ from utils.model_checks import check_model
 from utils.overflow import OverflowGuard
 from utils.plotting import plot_curves, plot_matches
 from utils.synthetic import generate_dataset
+from utils.tracking import Tracker
 
 
 @dataclass
@@ -72,6 +73,7 @@ class TrainState:
     step: int = 0  # completed steps of the run
     best_rsum: float = -1.0
     history: list = field(default_factory=list)  # the lines of metrics.jsonl
+    tracker: Tracker | None = None
 
     @property
     def eval_model(self):
@@ -91,12 +93,12 @@ class TrainState:
 def train(config):
     """Train from the last checkpoint, if there is one, and evaluate the best model; returns the final results."""
     device, amp_dtype = setup_device(config.device, config.precision)
-    folder = Path(config.run)
+    folder, tracker = Path(config.run), Tracker(config)
     splits = load_data(config)
     model = build_model(config, splits["train"].captions, device)
     print_once(describe_splits(config, splits), describe_model(config, model, amp_dtype))
     if config.head_epochs and not (folder / "last.pt").exists():
-        train_heads(model, config)
+        train_heads(model, splits, config)
     open_images(splits, config)
     precompute_features(model, splits, amp_dtype, config)  # of frozen encoders
     sampler, loader = build_loader(model, splits["train"], config)
@@ -111,9 +113,10 @@ def train(config):
         scaler=torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16),
         augmentation=build_gan_augmentation(model, splits["train"], amp_dtype, config, steps),
         loss_sum=torch.zeros((), device=device, dtype=torch.float32 if device.type == "mps" else torch.float64),
+        tracker=tracker,
     )
     resumed = load_checkpoint(state, folder)
-    create_run_folder(folder, config, state.history)
+    create_run_folder(folder, config, state.history, splits)
     if resumed and state.epoch < config.epochs:
         print_once(f"resuming {folder} at epoch {state.epoch + 1}, batch {state.batch}")
 
@@ -128,8 +131,9 @@ def train(config):
             if config.scheduler == "plateau":
                 state.scheduler.step(validation_loss)
             log_epoch(state, stats, metrics, validation_loss, config)
-            if metrics["rsum"] > state.best_rsum:
-                state.best_rsum = metrics["rsum"]
+            rsum = metrics.get("equal_captions", metrics)["rsum"]
+            if rsum > state.best_rsum:
+                state.best_rsum = rsum
                 if is_first_process():
                     save_model(state.eval_model, folder / "best")
             save_checkpoint(state, folder)
@@ -137,12 +141,12 @@ def train(config):
     return report(state, splits, config, device, amp_dtype)
 
 
-def train_heads(model, config):
+def train_heads(model, splits, config):
     """Train the projection heads and the temperature on frozen encoders, in heads/ of the run folder, and copy them.
 
     Fine-tuning from random heads would distort the pretrained features (LP-FT, Kumar et al. 2022, arXiv:2202.10054).
     """
-    create_run_folder(Path(config.run), config)
+    create_run_folder(Path(config.run), config, splits=splits)
     frozen = {**PRESETS["frozen"], "trainable_image_encoder": None, "trainable_text_encoder": None, "ema_decay": 0.0}
     run = (Path(config.run) / "heads").as_posix()
     print_once("\n==== projection heads, on frozen encoders ====")
@@ -256,12 +260,7 @@ def load_steps(loader, sampler, model, stop, stats):
             batches = [next(iterator).to(device) for _ in range(count)]
             stop.waiting = False
         except (KeyboardInterrupt, RuntimeError, ConnectionError, EOFError) as error:
-            if isinstance(error, (ConnectionError, EOFError)):
-                error = RuntimeError(f"DataLoader worker (pid unknown): {error!r}")
-            if process_group() or not (stop.requested or error_line(error)):
-                raise
-            stop.reason = stop.reason if stop.requested else error  # a loader process was killed: stop, too
-            stop.requested = True
+            stop.loader_failed(error)
             return
         stats["data_time"] += time.perf_counter() - start
         for batch in batches:
@@ -351,11 +350,14 @@ def build_loader(model, pairs, config):
     tokens = TokenStore(model.tokenizer, pairs.captions, model.max_length)
     features = pairs.image_features, pairs.text_features
     pad_id, on_device = model.tokenizer.pad_token_id, model.device.type == "cuda"
-    dataset = TrainingPairs(pairs, pairs.images, tokens, pad_id, config, *features, on_device=on_device)
+    on_gpu = pairs.images.copy_to(model.device) if on_device and pairs.image_features is None else None
+    store = pairs.images if on_gpu is None else None
+    dataset = TrainingPairs(pairs, store, tokens, pad_id, config, *features, on_device=on_device)
     sampler = PairSampler(pairs, config, *rank_and_world_size())
     workers = 0 if all(x is not None for x in features) else config.num_workers
     options = {"pin_memory": model.device.type == "cuda", "batch_sampler": sampler, "collate_fn": dataset.collate}
-    return sampler, make_loader(dataset, workers, max(sampler.micro_batch_counts()), **options)
+    loader = make_loader(dataset, workers, max(sampler.micro_batch_counts()), **options)
+    return sampler, loader if on_gpu is None else LoaderWithImages(loader, on_gpu)
 
 
 # ---- evaluation -------------------------------------------------------------------------------------------------
@@ -365,14 +367,17 @@ def build_loader(model, pairs, config):
 def evaluate(model, pairs, amp_dtype, config):
     """The retrieval metrics of a split, and its mean loss over batches shaped as in training."""
     image_embeddings, text_embeddings = embed_split(model, pairs, amp_dtype, config)
-    metrics = retrieval_metrics(image_embeddings, text_embeddings, pairs.image_index)
+    metrics = retrieval_metrics(image_embeddings, text_embeddings, pairs.image_index, text_ids=pairs.text_ids)
+    all_ids = None if pairs.text_ids is None else torch.from_numpy(pairs.text_ids).to(image_embeddings.device)
     loss_sum = 0.0
     for start in range(0, len(pairs.files), config.batch_size):
         images = image_embeddings[start : start + config.batch_size]
         captions = [pairs.captions_of(start + row)[: config.captions_per_image] for row in range(len(images))]
         image_index = torch.tensor([row for row, own in enumerate(captions) for _ in own], device=images.device)
-        texts = text_embeddings[torch.tensor([j for own in captions for j in own], device=images.device)]
-        loss_sum += len(images) * contrastive_loss(images, texts, model.logit_scale, image_index).item()
+        chosen = torch.tensor([j for own in captions for j in own], device=images.device)
+        texts, ids = text_embeddings[chosen], None if all_ids is None else all_ids[chosen]
+        loss = contrastive_loss(images, texts, model.logit_scale, image_index, text_ids=ids)
+        loss_sum += len(images) * loss.item()
     return metrics, loss_sum / len(pairs.files)
 
 
@@ -385,12 +390,13 @@ def report(state, splits, config, device, amp_dtype):
     validation = (images, texts)
     if split != "validation":
         validation = embed_split(best, splits["validation"], amp_dtype, config)
-    metrics = retrieval_metrics(images, texts, pairs.image_index, num_draws=1000)
+    metrics = retrieval_metrics(images, texts, pairs.image_index, num_draws=1000, text_ids=pairs.text_ids)
     results = {"split": split, "images": len(pairs.files), **metrics}
     if is_first_process():
         plot_curves(state.history, folder / "curves.png")
         plot_matches(pairs, images, texts, folder / "matches.png")
         save_match_threshold(folder, splits["validation"], *validation)  # so that a search needs no validation images
+        state.tracker.figure("matches", folder / "matches.png", state.step)
         write_json(folder / "results.json", results)  # last: it marks the run as finished
         print(f"\n{split} split, {results['images']:,} images:\n{format_metrics(metrics)}")
         print(f"model, curves.png and matches.png are in {folder}")

@@ -9,6 +9,7 @@ import hashlib
 import os
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from itertools import compress
@@ -22,13 +23,14 @@ from safetensors.torch import save_file
 from clip import load_model, read_saved_model
 from config import InputError, build_config
 from dataset import load_splits
-from inference import IMAGE_SUFFIXES, embed_images
+from inference import embed_images
 from utils.captions import read_captions
 from utils.cli import one_line
 from utils.device import search_dtype
 from utils.embed import embed_captions
 from utils.files import atomic_write, check_regular
 from utils.hashing import content_hash, file_stat, model_hash
+from utils.image_files import image_suffixes
 from utils.runs import check_links
 
 VERSION = "3"  # of the file format
@@ -74,7 +76,7 @@ def list_gallery(images, run):
     """The `Gallery` of the folder `images`, or else of a run's own images; raises InputError."""
     if images:
         return Gallery(Path(images), *scan_images(images), "images")
-    config = build_config(read_saved_model(run)[1]["settings"])
+    config = build_config({**read_saved_model(run)[1]["settings"], "run": str(run)})  # it may have been moved
     split, pairs = default_split(config)
     names = [file.relative_to(config.image_path).as_posix() for file in pairs.files]
     return Gallery(Path(config.image_path), names, np.array([*map(file_stat, pairs.files)], np.int64), split)
@@ -101,24 +103,37 @@ def default_split(config):
 def scan_images(folder):
     """The names of all images under a folder, sorted, and their file stats (N, 2); raises InputError.
 
-    Hidden files are skipped (macOS creates ._photo.jpg beside photo.jpg). `Path.rglob` would dominate a search's time.
+    Hidden files are skipped (macOS creates ._photo.jpg beside photo.jpg), and what is no image; a line says how many.
+    Linked folders are followed, each folder once. `Path.rglob` would dominate a search's time.
     """
     if not Path(folder).is_dir():
         raise InputError(f"images is {folder}, which is not a folder")
-    found, suffixes = [], tuple(IMAGE_SUFFIXES)
+    found, skipped, visited, suffixes = [], Counter(), set(), image_suffixes()
 
     def report(error):
         print(f"folder {error.filename} is skipped ({error.strerror})", file=sys.stderr)
 
-    for path, folders, files in os.walk(folder, onerror=report):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    for path, folders, files in os.walk(folder, onerror=report, followlinks=True):
+        status = os.stat(path)
+        if (status.st_dev, status.st_ino) in visited:
+            folders.clear()
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         prefix = f"{Path(path).relative_to(folder).as_posix()}/".removeprefix("./")
         for name in files:
-            file = os.path.join(path, name)
-            if name.lower().endswith(suffixes) and not name.startswith(".") and os.path.isfile(file):
+            file, suffix = os.path.join(path, name), os.path.splitext(name)[1].lower()
+            if name.startswith("."):
+                skipped["hidden"] += 1
+            elif suffix in suffixes and os.path.isfile(file):
                 found.append((prefix + name, *file_stat(file)))
+            else:
+                skipped[suffix[:10] or "without suffix"] += 1
     if not found:
-        raise InputError(f"{folder} contains no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise InputError(f"{folder} contains no images (.jpg, .png, .webp, ...)")
+    if skipped:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common(5))
+        print(f"files of {folder} that are no images are not used: {kinds}", file=sys.stderr)
     found.sort()
     return [name for name, *_ in found], np.array([stat for _, *stat in found], np.int64)
 

@@ -1,7 +1,5 @@
 """Zero-shot classification (Radford et al. 2021, section 3.1): the label with the most similar prompt is predicted."""
 
-import csv
-import io
 import json
 from pathlib import Path
 
@@ -12,11 +10,12 @@ import torch.nn.functional as F
 from config import InputError
 from dataset import check_files
 from extras.search_index import embed_readable, scan_images
-from inference import is_image_name
 from utils.embed import embed_captions
-from utils.files import read_text
+from utils.formats import IMAGE_COLUMNS, clean_text, read_columns
+from utils.image_files import find_images, is_image_name
 from utils.plotting import MATCH, WEAK, plot_bars, plot_confusion, report_plot
 
+LABEL_COLUMNS = ("label", "labels", "class", "class_name", "category")
 TEMPLATES = ("a photo of a {}", "a picture of a {}", "a {}", "{}")
 
 
@@ -24,6 +23,7 @@ def label_embeddings(model, labels, templates=TEMPLATES):
     """(K, D) unit vectors of K labels: the mean over the prompts (prompt ensembling, section 3.1.4)."""
     if not all("{}" in template for template in templates):
         raise InputError(f"template is {', '.join(templates)}: it should contain {{}} in place of the label")
+    templates = [clean_text(template) for template in templates]
     prompts = [template.replace("{}", label) for label in labels for template in templates]
     embeddings = embed_captions(model, prompts).view(len(labels), len(templates), -1)
     return F.normalize(embeddings.mean(1), dim=-1)
@@ -45,7 +45,7 @@ def embedding_logits(models, image_embeddings, labels, templates=TEMPLATES):
 
 def parse_labels(text):
     """The distinct labels of a comma-separated list; raises InputError."""
-    labels = list(dict.fromkeys(label.strip() for label in text.split(",") if label.strip()))
+    labels = list(dict.fromkeys(label.strip() for label in clean_text(text).split(",") if label.strip()))
     if len(labels) < 2:
         raise InputError(f'labels is {text!r}: use two or more, separated by commas: "dog,cat,horse"')
     return labels
@@ -61,19 +61,16 @@ def read_labelled_images(source, image_path=None):
         return [source / name for name in names], [name.split("/")[0].replace("_", " ") for name in names]
     if not source.is_file():
         raise InputError(f"zero_shot is {source}: use a folder with one subfolder per label, or a CSV file")
-    try:
-        rows = list(csv.DictReader(io.StringIO(read_text(source), newline="")))
-    except csv.Error as error:
-        raise InputError(f"{source} cannot be read as CSV ({error})") from None
-    if not rows or not {"image", "label"} <= set(rows[0]):
+    frame = read_columns(source, image=IMAGE_COLUMNS, label=LABEL_COLUMNS)
+    if frame is None or frame.empty:
         raise InputError(f"{source} should start with a header with the columns `image` and `label`, then rows")
-    rows = [((row["image"] or "").strip(), (row["label"] or "").strip()) for row in rows]
-    for number, (image, label) in enumerate(rows, 2):
+    images, labels = frame["image"].str.strip().tolist(), frame["label"].str.strip().tolist()
+    for number, image, label in zip(frame.index, images, labels, strict=True):
         if not image or not label:
             raise InputError(f"{source} row {number} lacks an image or a label")
         if not is_image_name(image):
-            raise InputError(f"{source} row {number}: {image!r} is not the name of an image file")
-    return [Path(image_path or source.parent) / image for image, _ in rows], [label for _, label in rows]
+            raise InputError(f"{source} row {number}: {image!r:.99} is not the name of an image file")
+    return find_images(image_path or source.parent, images), labels
 
 
 def evaluate_labels(logits, truth, labels):

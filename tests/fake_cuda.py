@@ -279,6 +279,7 @@ def fake_cuda(monkeypatch):
         patch.setattr(torch.cuda, "current_device", lambda: 0)
         patch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
         patch.setattr(torch.cuda, "get_device_name", lambda device=None: "simulated GPU")
+        patch.setattr(torch.cuda, "mem_get_info", lambda device=None: (2**34, 2**35))
         patch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: 0)
         patch.setattr(torch.cuda, "get_rng_state", lambda device=None: torch.get_rng_state())
         patch.setattr(torch.cuda, "set_rng_state", lambda state, device=None: torch.set_rng_state(state))

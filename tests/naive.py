@@ -4,21 +4,26 @@ import torch
 import torch.nn.functional as F
 
 
-def naive_loss(images, texts, t, image_index=None, image_ids=None, weights=None):
+def naive_loss(images, texts, t, image_index=None, image_ids=None, weights=None, text_ids=None):
     """The contrastive loss pair by pair, from the whole similarity matrix.
 
     A pair's denominator holds the pair itself and its negatives: the captions of images with another id, or the
-    images with another id.
+    images with another id; but no caption that equals one of the image's, and no image with a caption equal to it.
     """
     image_index = torch.arange(len(images)) if image_index is None else image_index
     ids = (torch.arange(len(images)) if image_ids is None else image_ids).tolist()
     weights = [1.0] * len(images) if weights is None else weights.tolist()
     rows = image_index.tolist()
+    texts_of = [set() for _ in images]
+    for j, i in enumerate(rows if text_ids is not None else []):
+        texts_of[i].add(int(text_ids[j]))
+    text = [None] * len(rows) if text_ids is None else text_ids.tolist()
     logits = t.exp() * images @ texts.T
     image_loss, text_loss = 0, 0
     for j, i in enumerate(rows):
-        captions = [j] + [c for c, row in enumerate(rows) if ids[row] != ids[i]]
-        candidates = [i] + [row for row in range(len(images)) if ids[row] != ids[i]]
+        captions = [j] + [c for c, row in enumerate(rows) if ids[row] != ids[i] and text[c] not in texts_of[i]]
+        others = [row for row in range(len(images)) if ids[row] != ids[i] and text[j] not in texts_of[row]]
+        candidates = [i, *others]
         image_loss = image_loss + weights[i] / rows.count(i) * (logits[i, captions].logsumexp(0) - logits[i, j])
         text_loss = text_loss + weights[i] * (logits[candidates, j].logsumexp(0) - logits[i, j])
     return (image_loss / sum(weights) + text_loss / sum(weights[i] for i in rows)) / 2
@@ -44,7 +49,7 @@ def relative_error(found, expected):
 
 
 def loss_cases():
-    """{name: targets} of eleven images: image_index, and in some cases image_ids and weights."""
+    """{name: targets} of eleven images: image_index, and in some cases image_ids, weights and text_ids."""
     generator = torch.Generator().manual_seed(0)
     counts = {k: torch.full((11,), k) for k in (1, 2, 3, 4, 5)}
     counts["ragged"] = torch.tensor([1, 5, 2, 1, 3, 4, 1, 2, 7, 1, 1])
@@ -62,4 +67,9 @@ def loss_cases():
     cases["k=ragged, repeated images"] = {"image_index": shuffled, "image_ids": repeated}
     cases["weights"] = {"image_index": shuffled, "weights": weights}
     cases["weights, repeated images"] = {"image_index": shuffled, "image_ids": repeated, "weights": weights}
+    texts = torch.randint(0, 40, (len(shuffled),), generator=generator)  # some captions are equal
+    cases["k=1, equal captions"] = {"image_index": torch.arange(11), "text_ids": repeated}
+    cases["k=ragged, equal captions"] = {"image_index": shuffled, "text_ids": texts}
+    cases["all targets"] = {"image_index": shuffled, "image_ids": repeated, "text_ids": texts, "weights": weights}
+    cases["no equal captions"] = {"image_index": shuffled, "text_ids": torch.arange(len(shuffled)) - 5}
     return cases

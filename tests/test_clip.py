@@ -235,16 +235,24 @@ def saved_content(model):
 # ---- retrieval metrics ------------------------------------------------------------------------------------------
 
 
-def naive_metrics(images, texts, image_index):
-    """Recalls and median ranks from all pairs; a tie counts against the right answer."""
+def naive_metrics(images, texts, image_index, text_ids=None):
+    """Recalls and median ranks from all pairs; a tie counts against the right answer.
+
+    With text ids a caption belongs to all images that have an equal one.
+    """
+    text_ids = range(len(texts)) if text_ids is None else text_ids.tolist()
+    own_texts = [{text_ids[j] for j, row in enumerate(image_index) if row == i} for i in range(len(images))]
     image_ranks, text_ranks = [], []
-    for j, own in enumerate(image_index):
+    for j in range(len(texts)):
         scores = [float(images[i] @ texts[j]) for i in range(len(images))]
-        text_ranks.append(1 + sum(scores[i] >= scores[own] for i in range(len(images)) if i != own))
+        right = [i for i in range(len(images)) if text_ids[j] in own_texts[i]]
+        best = max(scores[i] for i in right)
+        text_ranks.append(1 + sum(scores[i] >= best for i in range(len(images)) if i not in right))
     for i in range(len(images)):
         scores = [float(images[i] @ text) for text in texts]
-        best = max(scores[j] for j in range(len(texts)) if image_index[j] == i)
-        image_ranks.append(1 + sum(scores[j] >= best for j in range(len(texts)) if image_index[j] != i))
+        right = [j for j in range(len(texts)) if text_ids[j] in own_texts[i]]
+        best = max(scores[j] for j in right)
+        image_ranks.append(1 + sum(scores[j] >= best for j in range(len(texts)) if j not in right))
     metrics = {}
     for name, ranks in (("image_to_text", image_ranks), ("text_to_image", text_ranks)):
         for k in (1, 5, 10):
@@ -258,6 +266,39 @@ def naive_metrics(images, texts, image_index):
 def ragged_index(images):
     counts = torch.randint(1, 7, (images,))
     return torch.arange(images).repeat_interleave(counts)
+
+
+@pytest.mark.parametrize("tile", [7, 2048])
+def test_retrieval_metrics_of_equal_captions_equal_the_naive_ones(monkeypatch, tile):
+    monkeypatch.setattr(clip, "TILE", tile)
+    monkeypatch.setattr(clip, "IMAGE_TILE", tile + 2)
+    index = ragged_index(30)
+    images, texts = random_embeddings(index)
+    text_ids = torch.randint(0, 60, (len(index),))
+    texts = texts[[text_ids.tolist().index(each) for each in text_ids.tolist()]]  # equal captions, equal embeddings
+    standard = retrieval_metrics(images, texts, index)
+    found = retrieval_metrics(images, texts, index, text_ids=text_ids, num_draws=10)
+    equal = found.pop("equal_captions")
+    assert {name: value for name, value in found.items() if name != "ci95"} == standard
+    assert standard == pytest.approx(naive_metrics(images, texts, index.tolist()))
+    assert equal.pop("ci95").keys() == found["ci95"].keys()
+    assert equal == pytest.approx(naive_metrics(images, texts, index.tolist(), text_ids))
+    assert equal["rsum"] > standard["rsum"]
+    table = clip.format_metrics({**found, "equal_captions": equal})
+    assert "every image that has the caption" in table and table.count("rsum") == 2
+
+
+def test_contrastive_loss_without_equal_captions_is_bit_identical():
+    index = ragged_index(20)
+    images, texts = random_embeddings(index)
+    for limit in (0, 2**20):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(clip, "MAX_DENSE_LOGITS", limit)
+            plain, with_ids = (
+                loss_and_gradients(contrastive_loss, images, texts, 2.0, torch.float32, image_index=index, **ids)
+                for ids in ({}, {"text_ids": torch.randperm(len(index))})
+            )
+            assert all(torch.equal(a, b) for a, b in zip(plain, with_ids, strict=True))
 
 
 @pytest.mark.parametrize(("tile", "image_tile"), [(7, 9), (7, 40), (2048, 13), (2048, 16384)])
@@ -327,7 +368,7 @@ def test_load_model_restores_a_model_bit_for_bit(saved, name):
     model, folder = saved
     loaded = load_model(folder.parent / name)
     assert not loaded.training
-    assert loaded.config == model.config
+    assert dataclasses.replace(loaded.config, run=model.config.run) == model.config
     own, other = model.state_dict(), loaded.state_dict()
     assert own.keys() == other.keys()
     assert all(torch.equal(own[name], other[name]) for name in own)
@@ -573,7 +614,7 @@ def test_load_model_has_defaults_for_settings_of_later_versions(saved):
             del content["settings"][name]
 
     change_json(saved[1], remove)
-    assert load_model(saved[1]).config == saved[0].config
+    assert dataclasses.replace(load_model(saved[1]).config, run=saved[0].config.run) == saved[0].config
 
 
 def test_saved_config_does_not_tell_whether_the_run_was_resumed(tiny_model, tmp_path):

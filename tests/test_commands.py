@@ -99,7 +99,7 @@ def break_data(kind, data):
     elif kind == "header only":
         captions.write_text("image,caption\n", encoding="utf-8")
     elif kind == "wrong columns":
-        captions.write_text("photo,text\n03.jpg,A dog\n", encoding="utf-8")
+        captions.write_text("photo,words\n03.jpg,A dog\n", encoding="utf-8")
     elif kind == "overlong caption":
         append(captions, "03.jpg," + "word " * 10_000)
     elif kind == "no caption":
@@ -131,7 +131,7 @@ def append(path, line):
         ("truncated jpeg", ["03.jpg cannot be read", "truncated"]),
         ("empty captions", ["captions.txt is empty"]),
         ("header only", ["captions.txt contains no captions"]),
-        ("wrong columns", ["photo", "`image` and `caption`"]),
+        ("wrong columns", ["photo,words", "`image,caption`"]),
         ("overlong caption", ["line 42", "10,000 words"]),
         ("no caption", ["line 42", "'20.jpg' has no caption"]),
         ("one image", ["1 training", "at least 2"]),

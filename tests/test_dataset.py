@@ -93,7 +93,7 @@ def test_random_split_depends_on_the_names_and_the_seed_alone(tmp_path):
     [
         ("00.jpg\nzz.jpg\nyy.jpg\n", "trainImages.txt lists zz.jpg and 1 more, not found in the captions file"),
         ("00.jpg\n20.jpg\n", "20.jpg is in two split files, Flickr_8k.trainImages.txt and Flickr_8k.devImages.txt"),
-        (b"\xff\xfe\x00", "trainImages.txt cannot be read as UTF-8"),
+        (b"\xff\xfe\x00", "trainImages.txt line 1 cannot be read as UTF-16"),
     ],
 )
 def test_inconsistent_split_files_are_refused(tmp_path, text, message):
@@ -171,10 +171,10 @@ def test_describe_splits_counts_images_and_names_the_split(data_set, tiny_config
     captions = {f"{i:02d}.jpg": [f"A dog {i} .", f"It runs {i} ."] for i in range(20)}
     config = tiny_config(**data_set(captions))
     line = describe_splits(config, load_splits(config))
-    assert line == "data: train 16 / validation 2 / test 2 images, 40 captions, random split (seed 42)"
+    assert line.splitlines()[0] == "data: train 16 / validation 2 / test 2 images, 40 captions, random split (seed 42)"
     config = tiny_config(**data_set(captions, dev=["00.jpg", "01.jpg", "02.jpg"]))
     line = describe_splits(config, load_splits(config))
-    assert line == "data: train 17 / validation 3 / test 0 images, 40 captions, official split files"
+    assert line.startswith("data: train 17 / validation 3 / test 0 images, 40 captions, Flickr_8k.devImages.txt\n")
 
 
 # ---- transforms -------------------------------------------------------------------------------------------------
@@ -218,6 +218,48 @@ def test_images_whose_captions_mention_left_or_right_are_never_flipped(data_set,
             flipped["LEFT" in pairs.captions[caption]] += not np.array_equal(pixels, plain)
     assert flipped[True] == 0
     assert flipped[False] > 20
+
+
+def test_flip_false_flips_no_image(data_set, tmp_path):
+    paths = data_set({f"{i:02d}.png": ["A dog ."] for i in range(20)})
+    settings = {"crop_scale": 1.0, "color_jitter": 0.0, "size": 32}
+    for flip in (True, False):
+        config = Config(**tiny_settings(tmp_path, **paths, **settings, flip=flip))
+        pairs = load_splits(config)["train"]
+        store = ImageStore(pairs.files, storage_resolution(32))
+        for on_device in (False, True):
+            items = TrainingPairs(pairs, store, None, 0, config, on_device=on_device)
+            results = [items[epoch, 0, (0,)][2] for epoch in range(20)]
+            plain = resize_image(store[0], 32)
+            changed = [
+                drawn[4] < 0 if on_device else not np.array_equal(result, plain)
+                for result in results
+                for drawn in [result[1]]
+            ]
+            assert any(changed) == flip
+
+
+SIDES = ["on the left", "RIGHT!", "leftmost", "das linke Bild", "steht rechts", "à gauche", "la main droite"]
+SIDES += ["a la izquierda", "mano derecha", "à esquerda", "a sinistra", "till vänster", "til høyre", "lewa strona"]
+SIDES += ["слева", "左の犬", "在右边"]
+
+
+@pytest.mark.parametrize("caption", SIDES)
+def test_words_for_left_and_right_in_other_languages(caption):
+    assert dataset.SIDED.search(caption)
+
+
+def test_other_words_are_not_sided():
+    for caption in (
+        "A leftover bright dog fights",
+        "copyright",
+        "prawns",
+        "Lewis",
+        "ein Gelenk",
+        "links2",
+        "destroyed",
+    ):
+        assert not dataset.SIDED.search(caption), caption
 
 
 # ---- text -------------------------------------------------------------------------------------------------------
@@ -450,6 +492,31 @@ def test_loader_processes_give_the_same_batches_as_none(tiny_config):
         assert ids[mask.bool()].tolist() == tokens[j].tolist()
     assert batch.images.shape == (len(keys), 3, 32, 32) and len(keys) <= 5
     assert batch.images.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_batches_hold_the_ids_of_equal_captions(data_set, tiny_config, on_device):
+    """They reach the loss also with micro-batches; without equal captions of two images there are none."""
+    captions = {f"{n}.png": [f"A dog {n} ." * (1 + n % 3), "Two Dogs !" if n % 2 else f"cat {n}"] for n in range(20)}
+    config = tiny_config(**data_set(captions, dev=["0.png"]), captions_per_image=2)
+    pairs = load_splits(config)["train"]
+    tokens = TokenStore(train_tokenizer(pairs.captions), pairs.captions, config.max_length)
+    store = ImageStore(pairs.files, storage_resolution(32))
+    items = TrainingPairs(pairs, store, tokens, 0, config, on_device=on_device)
+    batches = [items.collate([items[0, i, tuple(pairs.captions_of(i))] for i in part]) for part in ((1, 2, 5), (0, 3))]
+    targets = pair_targets(batches)
+    texts = {tuple(tokens[j].tolist()): pairs.text_ids[j] for j in range(len(pairs.captions))}
+    found = [
+        texts[tuple(row[:n].tolist())]
+        for batch in batches
+        for row, n in zip(batch.input_ids, batch.attention_mask.sum(1).tolist(), strict=True)
+    ]
+    assert targets["text_ids"].tolist() == found and len({*found}) < len(found)
+    assert pair_targets(batches[:1])["text_ids"].tolist() == found[:6]
+    other = load_splits(tiny_config(**data_set({f"{n}.png": [f"A {n}", f"A {n}."] for n in range(20)})))["train"]
+    assert other.text_ids is None  # equal captions of one image are none of two
+    items = TrainingPairs(other, store, tokens, 0, config, on_device=on_device)
+    assert items.collate([items[0, 1, (2, 3)], items[0, 0, (0, 1)]]).text_ids is None
 
 
 def test_collate_uses_precomputed_features_of_frozen_encoders(tiny_config):

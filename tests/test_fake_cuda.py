@@ -17,7 +17,7 @@ import main
 from dataset import TrainingPairs, load_splits
 from modules import READY_MASK, TextEncoder, build_text_backbone
 from utils.device import search_dtype
-from utils.device_augmentation import augment_images
+from utils.device_augmentation import LoaderWithImages, augment_images
 from utils.tiled_loss import DROPPED
 
 CASES = {
@@ -138,14 +138,19 @@ def test_training_on_the_gpu_equals_that_on_the_cpu(monkeypatch, tiny_config, fi
     expected, _ = fit(tiny_config(**settings))
     monkeypatch.setattr(main, "TrainingPairs", lambda *args, on_device: TrainingPairs(*args))  # the CPU's augmentation
     with fake_cuda(monkeypatch):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 2**35))
         found, _ = fit(tiny_config(**settings, device="cuda", run="cuda"))
         (line,), (expected_line,) = found.history, expected.history
         for name in ("train_loss", "validation_loss", "temperature"):
             assert line[name] == pytest.approx(expected_line[name], rel=1e-4), name
 
 
-def test_images_are_augmented_on_the_gpu(cuda, tiny_config, no_plots, monkeypatch):
-    seen = []
+@pytest.mark.parametrize("free", [2**34, 10_000])
+def test_images_are_augmented_on_the_gpu(cuda, tiny_config, no_plots, monkeypatch, free):
+    """Whether all of them are kept there or not."""
+    seen, kept = [], []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2**35))
+    monkeypatch.setattr(main, "LoaderWithImages", lambda *args: kept.append(args[1].shape) or LoaderWithImages(*args))
 
     def spy(images, *arguments):
         seen.append((images.device, tuple(images.shape)))
@@ -155,6 +160,7 @@ def test_images_are_augmented_on_the_gpu(cuda, tiny_config, no_plots, monkeypatc
     main.train(tiny_config(device="cuda", micro_batch_size=4))
     assert set(seen) == {(CUDA, (4, 3, 37, 37))}  # as stored, for an input of 32 pixels
     assert len(seen) == 30
+    assert kept == [(24, 37, 37, 3)] * (free > 10_000)
 
 
 def test_gan_training_does_not_wait_for_the_gpu(cuda, trained_run, tmp_path):

@@ -491,6 +491,28 @@ def test_training_captions_are_distractors_of_a_caption_list(with_gan, tmp_path,
     assert not all(expected)  # among the three captions of the list alone, all would be in the top 30
 
 
+def test_equal_captions_are_no_distractors_and_never_negatives(with_gan, tmp_path, gan_run):
+    """Text ids reach the filter and the generated batches, where training captions of two images are equal."""
+    config = with_gan()
+    pairs = load_splits(config)["train"]
+    pairs.captions = [*pairs.captions]
+    pairs.captions[7] = pairs.captions[3].upper() + " ."
+    pairs.captions[60] = pairs.captions[3]
+    model = main.build_model(config, pairs.captions, torch.device("cpu"))
+    augmentation = gan.GANAugmentation(with_gan(gan_filter_top_k=100), pairs, model, model.device, None)
+    texts = augmentation.clip_filter.distractor_texts
+    assert texts[3] == texts[7] == texts[60] and (texts == texts[3]).sum() == 3
+    images = torch.rand(2, 3, 32, 32)
+    similarities = []
+    topk = torch.Tensor.topk
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "topk", lambda x, *rest: similarities.append(x.clone()) or topk(x, *rest))
+        augmentation.clip_filter(images, torch.tensor([3, 20]))
+    assert (similarities[0][0, [3, 7, 60]] == -2).all() and (similarities[0][1, [3, 7, 60]] > -2).all()
+    batch = augmentation.generate_batch(torch.tensor([3, 20, 60]), torch.Generator().manual_seed(0))
+    assert torch.equal(batch.text_ids, texts[[3, 20, 60]])
+
+
 def test_filter_that_drops_everything_is_reported(with_gan, monkeypatch, capsys):
     monkeypatch.setattr(gan.CLIPFilter, "__call__", lambda self, images, captions: torch.zeros(len(captions)).bool())
     main.main(flags(with_gan(gan_ratio=1.0, epochs=1)))

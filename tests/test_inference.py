@@ -132,6 +132,24 @@ def test_build_query_with_weights(tmp_path):
     assert format_query(build_query(Path("photos/dog.jpg"))) == "dog.jpg"
 
 
+def test_a_file_that_exists_is_never_a_sentence(tmp_path):
+    (tmp_path / "dog").write_bytes(b"")
+    with pytest.raises(InputError, match="the query is dog, a file: to search with an image, pass --image dog"):
+        parse_arguments(["dog"])
+    assert build_queries("a beach", "--plus", "dog", "--minus", "dogs") == [
+        [(1, "a beach"), (1, Path("dog")), (-1, "dogs")]
+    ]
+    assert build_query("dog") == [(1, Path("dog"))]
+    assert build_query("un caf\udce9") == [(1, "un caf\u00e9")]  # bytes of a command line in cp1252
+
+
+def test_file_names_are_printed_in_one_line(run, tmp_path, capsys):
+    draw_image(tmp_path / "gallery" / "a\nb\tc.png")
+    main(["a dog", "--images", "gallery", "--run", str(run)])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 and lines[0].endswith("\tgallery/a\\nb\\tc.png") and lines[0].count("\t") == 5
+
+
 def test_parse_arguments_separates_sentences_from_runs(tmp_path):
     (tmp_path / "run").mkdir()
     found = parse_arguments(["--run", "run", "runs/typo", "a dog", "cat", "--n", "3"])
@@ -321,7 +339,7 @@ def test_evaluate_one_run_and_an_ensemble(run, sample, tmp_path, capsys, tiny_mo
         (["--image", "gallery/0.jpg", "--labels", "a"], "two or more"),
         (["--image", "gallery/0.jpg", "--labels", "a,b", "--template", "x"], "template"),
         (["--evaluate"], "needs --image_path"),
-        (["photo.jpg"], "an image: pass --image photo.jpg"),
+        (["photo.jpg"], "a file: to search with an image, pass --image photo.jpg"),
         (["a dog", "--images", ""], "images is empty"),
         (["a dog", "--zero_shot", "x"], "--zero_shot cannot be combined with a sentence"),
         (["--evaluate", "--zero_shot", "x"], "--zero_shot: not allowed with argument --evaluate"),

@@ -90,7 +90,9 @@ def test_startup_output_is_a_short_block(tiny_config, no_plots, capsys):
     text = " ".join(" ".join(block).split())
     assert "captions_per_image=5" in text
     assert "factor" not in text and "preset" not in text
-    assert block[-3] == "data: train 24 / validation 8 / test 10 images, 210 captions, official split files"
+    assert block[-5].startswith("data: train 24 / validation 8 / test 10 images, 210 captions, shapes.train")
+    assert block[-4] == "captions: captions.txt, table with commas (image, caption), UTF-8"
+    assert block[-3].startswith("note: the test split has 10 images: ")
     assert block[-2] == "device: cpu, float32"
     names = "test_resnet (from scratch) and distilbert-base-uncased (1 layer, width 64, from scratch)"
     assert block[-1].startswith(f"model: {names}, 0.")
@@ -125,8 +127,8 @@ def test_training_masks_the_captions_of_a_repeated_image(data_set, tiny_config, 
     paths = data_set(captions, train=list(captions)[2:], dev=list(captions)[:2])
     contrastive_loss, repeated, losses = main.contrastive_loss, [], []
 
-    def checked(images, texts, logit_scale, image_index=None, image_ids=None, weights=None, group=None):
-        loss = contrastive_loss(images, texts, logit_scale, image_index, image_ids, weights, group)
+    def checked(images, texts, logit_scale, image_index=None, image_ids=None, weights=None, **options):
+        loss = contrastive_loss(images, texts, logit_scale, image_index, image_ids, weights, **options)
         if image_ids is not None:  # training
             repeated.append(len(image_ids) - len(image_ids.unique()))
             expected = naive_loss(images.double(), texts.double(), logit_scale.double(), image_index, image_ids)
@@ -141,6 +143,28 @@ def test_training_masks_the_captions_of_a_repeated_image(data_set, tiny_config, 
         assert sum(repeated) >= 4 and math.isfinite(sum(losses))
         assert state.history[0]["train_loss"] == pytest.approx(np.mean(losses))
         repeated.clear(), losses.clear()
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_equal_captions_are_no_negatives_and_decide_on_the_best_epoch(data_set, tiny_config, fit, monkeypatch):
+    captions = {f"{n:02d}.png": [f"a {'red' if n % 2 else 'blue'} wall"] for n in range(20)}
+    config = tiny_config(**data_set(captions, dev=list(captions)[:6]), batch_size=7)
+    losses, contrastive_loss = [], main.contrastive_loss
+
+    def checked(images, texts, logit_scale, image_index=None, **options):
+        loss = contrastive_loss(images, texts, logit_scale, image_index, **options)
+        ids, text_ids = options.get("image_ids"), options["text_ids"]
+        expected = naive_loss(images.double(), texts.double(), logit_scale.double(), image_index, ids, None, text_ids)
+        losses.append((loss.item(), expected.item()))
+        return loss
+
+    monkeypatch.setattr(main, "contrastive_loss", checked)
+    state, splits = fit(config)
+    assert len(losses) == 3 and [a for a, _ in losses] == pytest.approx([b for _, b in losses], rel=1e-4)
+    line = state.history[0]
+    assert state.best_rsum == line["equal_captions"]["rsum"] > line["rsum"]
+    results = main.report(state, splits, config, torch.device("cpu"), None)
+    assert results["equal_captions"]["rsum"] > results["rsum"]
 
 
 @pytest.mark.usefixtures("no_plots")

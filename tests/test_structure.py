@@ -135,9 +135,9 @@ def test_the_seven_have_at_most_2600_lines():
     assert sum(sizes.values()) <= 2600, (sum(sizes.values()), sizes)
 
 
-def test_source_has_at_most_7500_lines():
+def test_source_has_at_most_8500_lines():
     sizes = {name: num_lines(name) for name in FILES}
-    assert sum(sizes.values()) <= 7500, (sum(sizes.values()), sizes)
+    assert sum(sizes.values()) <= 8500, (sum(sizes.values()), sizes)
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -1,19 +1,24 @@
 """Captions files, lists of captions, and a tokenizer built from captions."""
 
-import csv
-import io
+import fnmatch
+import os
 import re
+import unicodedata
 from collections import Counter
 from pathlib import Path, PureWindowsPath
 
+import numpy as np
 import pandas as pd
 
 from config import InputError
-from utils.files import read_lines, read_text
+from utils.formats import clean_text, read_lines, read_table
 
-CAPTION_FILES = ("captions.txt", "captions.csv", "Flickr8k.token.txt")
+# Usual names of captions files in a folder, the most specific first; compared in lower case.
+CAPTION_FILES = ("captions.txt", "captions.csv", "captions.tsv", "flickr8k.token.txt", "results*.token", "results.csv")
+CAPTION_FILES += ("dataset_*.json", "captions*.json", "captions.jsonl", "metadata.csv", "metadata.jsonl", "*.token.txt")
 MISSING_IMAGES = {"2258277193_586949ec62.jpg.1"}  # listed in Flickr8k.token.txt, but absent from all archives
 MAX_WORDS = 1000  # a longer "caption" comes from an unclosed quote
+MAX_NAME = 4096  # characters of an image name with its folders
 FLICKR8K_HELP = (
     "Flickr8k is available on Kaggle (search for 'flickr 8k dataset'): unpack it and pass --image_path .../Images "
     "--captions_path .../captions.txt. To try the program without it: python main.py --preset demo"
@@ -23,83 +28,101 @@ FLICKR8K_HELP = (
 def find_captions_file(path):
     """The captions file at `path`, which may be the file itself or the folder that contains it."""
     path = Path(path)
-    for file in (path, *(path / name for name in CAPTION_FILES)):
-        if file.is_file():
-            return file
-    problem = f"a folder without {', '.join(CAPTION_FILES)}" if path.is_dir() else "which does not exist"
+    if os.path.isfile(path):
+        return path
+    visible = [file for file in sorted(path.glob("[!.]*")) if file.is_file()] if os.path.isdir(path) else []
+    for pattern in CAPTION_FILES:
+        found = [file for file in visible if fnmatch.fnmatchcase(file.name.lower(), pattern)]
+        if len(found) > 1:
+            raise InputError(
+                f"captions_path is {path}, which has {found[0].name} and {found[1].name}: pass one of them"
+            )
+        if found:
+            return found[0]
+    problem = f"a folder without {', '.join(CAPTION_FILES[:4])}, ..." if visible else "which does not exist"
+    problem = "a folder without captions.txt" if not visible and os.path.isdir(path) else problem
     raise InputError(f"captions_path is {path}, {problem}. {FLICKR8K_HELP}")
 
 
 def read_captions(path):
-    """The captions as a DataFrame with the columns `image` and `caption`, one row per pair.
+    """The captions as a DataFrame with the columns `image` and `caption`, one row per pair; raises InputError.
 
-    Supported formats, recognised by the first line: a CSV with a header that contains `image` and `caption` (Kaggle's
-    captions.txt), and lines of `name.jpg#0<TAB>caption` (the original Flickr8k.token.txt). Raises InputError.
+    The formats are those of `formats.read_table`.
+    """
+    return read_pairs(path)[["image", "caption"]]
+
+
+def read_pairs(path, image_path=None):
+    """Like `read_captions`, with a column `split` where the file has one; `attrs` has its format and notes about it.
+
+    Absolute image names inside the folder `image_path` become relative to it.
     """
     path = find_captions_file(path)
-    text = read_text(path)
-    if not text.strip():
-        raise InputError(f"{path} is empty: it should contain `image,caption` lines")
-    first_line = text.lstrip()[:1000].splitlines()[0]
-    header = next(csv.reader([first_line]))
-    columns = [name.strip().lower() for name in header]
-    if "image" in columns and "caption" in columns:
-        rows = read_csv_rows(path, text, columns)
-    elif re.match(r"[^\t]+#\d+\t", first_line):
-        rows = read_token_rows(path, text)
-    else:
-        expected = "a header with `image` and `caption`, or lines of `name.jpg#0<TAB>caption`"
-        raise InputError(f"{path} starts with {header[:4]}: it should start with {expected}")
-    return pd.DataFrame(check_rows(path, rows), columns=["image", "caption"])
-
-
-def read_csv_rows(path, text, columns):
-    """Yield (line number, image, caption); `pd.read_csv` would fill short rows and shift long ones."""
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
-    try:
-        rows = (row for row in reader if "".join(row).strip())
-        next(rows)  # the header
-        for row in rows:
-            if len(row) != len(columns):
-                found = f"{len(row)} columns instead of {len(columns)}"
-                raise InputError(f"{path} line {reader.line_num}: {found}; a caption with commas needs quotes")
-            yield reader.line_num, row[columns.index("image")], row[columns.index("caption")]
-    except csv.Error as error:
-        raise InputError(f"{path} line {reader.line_num} cannot be read as CSV ({error})") from None
-
-
-def read_token_rows(path, text):
-    for number, line in enumerate(io.StringIO(text), 1):
-        if line.strip():
-            name, tab, caption = line.partition("\t")
-            if not tab:
-                raise InputError(f"{path} line {number}: no tab between the image name and the caption")
-            yield number, name.rsplit("#", 1)[0], caption
-
-
-def check_rows(path, rows):
-    """Stripped (image, caption) pairs without blank captions or Flickr8k's missing image; raises InputError."""
-    pairs, blank = [], {}
-    for number, image, caption in rows:
-        image, caption = image.strip(), " ".join(caption.split())
-        windows = PureWindowsPath(image)  # parses the paths of all systems
-        if image in MISSING_IMAGES:
-            continue
-        if not image or windows.anchor or ".." in windows.parts:  # absolute, or leaves the folder
-            raise InputError(f"{path} line {number}: the image name {image!r} is not inside the image folder")
-        if (n := caption.count(" ") + 1) > MAX_WORDS:
-            raise InputError(f"{path} line {number}: caption has {n:,} words (at most {MAX_WORDS:,}): unclosed quote?")
-        if caption:
-            pairs.append((image, caption))
-        else:
-            blank.setdefault(image, number)
-    without = sorted(set(blank) - {image for image, _ in pairs})
+    frame = read_table(path)
+    lines, attrs = frame.index.tolist(), {**frame.attrs, "notes": []}
+    names = [name.strip() for name in frame["image"].tolist()]
+    captions = [" ".join(clean_text(caption).split()) for caption in frame["caption"].tolist()]
+    relative = {}
+    for line, name in zip(lines, names, strict=True):
+        if name not in relative:
+            relative[name] = check_name(path, line, name, image_path)
+    for line, caption in zip(lines, captions, strict=True):
+        if len(caption) > 2 * MAX_WORDS and (n := caption.count(" ") + 1) > MAX_WORDS:
+            raise InputError(f"{path} line {line}: caption has {n:,} words (at most {MAX_WORDS:,}): unclosed quote?")
+    kept = [row for row, name in enumerate(names) if captions[row] and name not in MISSING_IMAGES]
+    described = {names[row] for row in kept}
+    blank = {name: lines[row] for row, name in reversed([*enumerate(names)]) if not captions[row]}
+    without = sorted(set(blank) - described - MISSING_IMAGES)
     if without:
         more = f" ({len(without) - 1} more images have none)" if len(without) > 1 else ""
-        raise InputError(f"{path} line {blank[without[0]]}: image {without[0]!r} has no caption{more}")
-    if not pairs:
+        raise InputError(f"{path} line {blank[without[0]]}: image {without[0]!r:.99} has no caption{more}")
+    if not kept:
         raise InputError(f"{path} contains no captions")
-    return pairs
+    if blank:
+        attrs["notes"].append(
+            f"{len(blank)} images have a blank caption besides others, first in line {min(blank.values())}"
+        )
+    result = pd.DataFrame({"image": [relative[names[row]] for row in kept], "caption": [captions[row] for row in kept]})
+    if "split" in frame:
+        result["split"] = frame["split"].str.strip().str.lower().iloc[kept].tolist()
+    result.attrs = attrs
+    return result
+
+
+def check_name(path, line, name, image_path):
+    """The name of an image relative to the image folder; raises InputError if it is outside."""
+    windows = PureWindowsPath(name)  # parses the paths of all systems
+    if len(name) > MAX_NAME or "\0" in name:
+        raise InputError(f"{path} line {line}: the image name {name!r:.40} has {len(name):,} characters, or a NUL")
+    if name and not windows.anchor and ".." not in windows.parts:
+        return name
+    for root in {os.path.abspath(image_path), os.path.realpath(image_path)} if image_path and name else ():
+        if os.path.isabs(name) and Path(os.path.normpath(name)).is_relative_to(root):
+            return Path(os.path.normpath(name)).relative_to(root).as_posix()
+    raise InputError(f"{path} line {line}: the image name {name!r:.99} is not inside the image folder")
+
+
+def normalize_caption(caption):
+    """A caption without the differences that do not make another text: case, blanks, punctuation at the end."""
+    return " ".join(unicodedata.normalize("NFC", caption).casefold().split()).rstrip(" .,;:!?。！？")
+
+
+def text_ids(captions):
+    """(T,) int64 ids of captions; equal after `normalize_caption` means an equal id, in all processes and data sets."""
+    if not len(captions):
+        return np.zeros(0, np.int64)
+    return pd.util.hash_array(np.array([normalize_caption(each) for each in captions], dtype=object)).view(np.int64)
+
+
+def shared_captions(ids, image_index):
+    """(T,) booleans: captions with the same id as one of another image. ids: `text_ids`; image_index: ascending."""
+    order = np.argsort(ids, kind="stable")
+    new = np.diff(ids[order], prepend=ids[order[:1]] - 1) != 0
+    group = np.cumsum(new) - 1  # of equal captions
+    other = image_index[order] != image_index[order][new][group]  # another image than the first of the group
+    shared = np.empty(len(ids), dtype=bool)
+    shared[order] = np.bincount(group, other)[group] > 0
+    return shared
 
 
 def read_caption_list(path):
@@ -123,10 +146,11 @@ def read_caption_list(path):
 
 def group_captions(captions, groups, pairs):
     """The group id of each caption: the index of a training image with a caption of the group, else negative."""
-    known = dict(zip(pairs.captions, pairs.image_index.tolist(), strict=True))
+    known = dict(zip(map(normalize_caption, pairs.captions), pairs.image_index.tolist(), strict=True))
+    texts = [normalize_caption(caption) for caption in captions]
     numbers = {group: -1 - number for number, group in enumerate(dict.fromkeys(groups))}
-    numbers |= {group: known[caption] for caption, group in zip(captions, groups, strict=True) if caption in known}
-    return [known.get(caption, numbers[group]) for caption, group in zip(captions, groups, strict=True)]
+    numbers |= {group: known[text] for text, group in zip(texts, groups, strict=True) if text in known}
+    return [known.get(text, numbers[group]) for text, group in zip(texts, groups, strict=True)]
 
 
 def train_tokenizer(captions, vocab_size=30_000):

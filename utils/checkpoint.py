@@ -9,17 +9,23 @@ from config import InputError
 from utils.distributed import is_first_process, process_group, rank_and_world_size
 from utils.files import TEMPORARY, atomic_write, check_regular, remove_stale, write_json
 from utils.log import check_training
+from utils.splits import save_split
 
 POSITION = ("epoch", "batch", "step", "best_rsum", "history")
 OLD_NAMES = {"ema": "average", "augmentation": "generated"}  # of parts in checkpoints of earlier versions
 
 
-def create_run_folder(folder, config, history=()):
-    """Create the run folder with config.json, and check that all processes see it; complete what a killed one left."""
+def create_run_folder(folder, config, history=(), splits=None):
+    """Create the run folder with config.json and split.json, and check that all processes see it.
+
+    What a killed process left incomplete is completed.
+    """
     if is_first_process():
         for parent in {temporary.parent for temporary in folder.rglob(f".*{TEMPORARY}")}:
             remove_stale(parent)
         write_json(folder / "config.json", {**vars(config), "resume": False})
+        if splits:
+            save_split(folder, splits)
         if history:
             write_history(history, folder)  # it may lack the last line of the checkpoint
     if process_group():

@@ -122,6 +122,15 @@ class StopRequest:
             raise KeyboardInterrupt
         self.requested = True
 
+    def loader_failed(self, error):
+        """Request a stop if the data loader was interrupted or its process was killed; else raise the error."""
+        if isinstance(error, ConnectionError | EOFError):
+            error = RuntimeError(f"DataLoader worker (pid unknown): {error!r}")
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 or not (self.requested or error_line(error)):
+            raise error
+        if not self.requested:
+            self.requested, self.reason = True, error
+
 
 @contextlib.contextmanager
 def handle_signals(signals, handler):

@@ -3,7 +3,7 @@
 import torch
 
 from config import InputError
-from utils.captions import group_captions, read_caption_list
+from utils.captions import group_captions, read_caption_list, text_ids
 from utils.device import autocast
 from utils.distributed import rank_and_world_size
 from utils.embed import embed_captions
@@ -14,16 +14,21 @@ NUM_CAPTIONS = 100  # captions ranked per generated image: its own and 99 distra
 class CLIPFilter:
     """Keeps generated images whose caption ranks in the top k, by `clip`, against its hardest distractors.
 
-    Distractors are captions of other image ids. The hardest are the most similar to the caption: with easy ones, images
-    with only the right colours would be kept. embeddings: (T, D) of the captions; image_ids: (T,) of their images.
+    Distractors are other captions, of other image ids. The hardest are the most similar: with easy ones, images
+    with only the right colours would be kept.
+
+    captions: T captions; embeddings: (T, D) and image_ids: (T,) of them.
     """
 
-    def __init__(self, clip, embeddings, image_ids, pairs, config, amp_dtype):
+    def __init__(self, clip, captions, embeddings, image_ids, pairs, config, amp_dtype):
         self.clip, self.top_k, self.amp_dtype = clip, config.gan_filter_top_k, amp_dtype
         self.embeddings, self.image_ids = self.distractors, self.distractor_ids = embeddings, image_ids
+        self.text_ids = self.distractor_texts = torch.from_numpy(text_ids(captions)).to(image_ids.device)
         if config.gan_captions:  # too few, or too different from each other, to be the only distractors
             self.distractors = torch.cat([embeddings, embed_captions(clip, pairs.captions)])  # (R, D)
             self.distractor_ids = torch.cat([image_ids, torch.from_numpy(pairs.image_index).to(image_ids.device)])
+            texts = torch.from_numpy(text_ids(pairs.captions)).to(image_ids.device)
+            self.distractor_texts = torch.cat([self.text_ids, texts])
 
     @torch.no_grad()
     def __call__(self, images, captions):
@@ -32,6 +37,7 @@ class CLIPFilter:
             image_embeddings = self.clip.encode_image(images)
         similarity = self.embeddings[captions] @ self.distractors.T  # (B, R)
         similarity.masked_fill_(self.image_ids[captions][:, None] == self.distractor_ids, -2)
+        similarity.masked_fill_(self.text_ids[captions][:, None] == self.distractor_texts, -2)
         similarity, hardest = similarity.topk(min(NUM_CAPTIONS - 1, similarity.shape[1]))  # (B, 99)
         scores = torch.einsum("bd,bkd->bk", image_embeddings, self.distractors[hardest])
         own_scores = (image_embeddings * self.embeddings[captions]).sum(1, keepdim=True)

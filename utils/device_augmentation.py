@@ -44,3 +44,16 @@ def augment_images(images, parameters, size):
     images = torch.lerp(grey[:, None], images, saturation[:, None, None, None])
     images = images * (brightness * contrast)[:, None, None, None] + shift
     return images.clamp_(0, 255).round_().to(torch.uint8).contiguous(memory_format=torch.channels_last)
+
+
+class LoaderWithImages:
+    """A loader whose batches take their images from all decoded images on a GPU, (N, S, S, 3) uint8."""
+
+    def __init__(self, loader, images):
+        self.loader, self.images = loader, images
+
+    def __iter__(self):
+        for batch in self.loader:
+            batch = batch.to(self.images.device)
+            batch.images = self.images[batch.image_ids].permute(0, 3, 1, 2)  # (B, S, S, 3) -> (B, 3, S, S)
+            yield batch

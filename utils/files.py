@@ -127,16 +127,3 @@ def read_json(path):
     if not isinstance(content, dict):
         raise InputError(f"{path} does not contain a JSON object; was it written by this program?")
     return content
-
-
-def read_text(path):
-    """The content of a UTF-8 file, with or without a byte-order mark; raises InputError."""
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as UTF-8 text ({error})") from None
-
-
-def read_lines(path):
-    """The stripped, non-empty lines of a text file; raises InputError."""
-    return [line.strip() for line in read_text(path).splitlines() if line.strip()]

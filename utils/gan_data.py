@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from config import Config, DivergenceError, InputError
+from utils.captions import text_ids
 from utils.checkpoint import read_checkpoint, write_history
 from utils.cli import one_line
 from utils.embed import embed_captions
@@ -68,7 +69,10 @@ class GANData:
             image.copy_(torch.from_numpy(resize_image(store[number], size)))
         self.images = images.permute(0, 3, 1, 2).to(device)
         self.captions, self.embeddings = pairs.captions, embed_captions(clip, pairs.captions).to(device)  # (T, D)
-        self.sided = torch.tensor([bool(sided.search(caption)) for caption in pairs.captions], device=device)
+        sides = [not config.flip or bool(sided.search(caption)) for caption in pairs.captions]
+        self.sided = torch.tensor(sides, device=device)  # (T,) captions whose images are not flipped
+        self.text_ids = torch.from_numpy(text_ids(pairs.captions)).to(device)
+        self.max_captions = int(np.diff(pairs.caption_offsets).max())
         self.image_index = torch.from_numpy(pairs.image_index).to(device)
         self.caption_offsets = torch.from_numpy(pairs.caption_offsets).to(device)
 
@@ -101,7 +105,7 @@ class GANData:
         return self.caption_offsets[images] + (torch.rand(len(images), device=images.device) * counts).long()
 
     def hard_negatives(self, images, captions):
-        """(B, K) captions of other images: of random candidates, those most similar to `captions` (B,).
+        """(B, K) other captions of other images: of random candidates, those most similar to `captions` (B,).
 
         Most random captions describe another scene, and would not teach the networks to tell similar captions apart.
         K captions cost little more than one: they share the image features.
@@ -109,6 +113,10 @@ class GANData:
         candidates = torch.randint(len(self.embeddings), (NUM_CANDIDATES,), device=images.device)
         similarity = self.embeddings[captions] @ self.embeddings[candidates].T  # (B, NUM_CANDIDATES)
         similarity.masked_fill_(self.image_index[candidates] == images[:, None], -2)
+        start, end = self.caption_offsets[images][:, None], self.caption_offsets[images + 1][:, None]
+        own = torch.minimum(start + torch.arange(self.max_captions, device=images.device), end - 1)
+        equal = (self.text_ids[own][:, :, None] == self.text_ids[candidates]).any(1)  # to a caption of the image
+        similarity.masked_fill_(equal, -2)
         return candidates[similarity.topk(NUM_HARD_NEGATIVES, 1).indices]
 
 

@@ -10,7 +10,7 @@ from utils.runs import GAN_ARCHITECTURE, check_links, check_saved_paths
 
 SETTINGS = (*GAN_ARCHITECTURE, "gan_batch_size", "gan_lr", "gan_clip_weight", "seed")  # saved with a GAN
 RUN_SETTINGS = ("run", "resume", "image_path", "captions_path", "cache_path", "cache_images", "num_workers")
-RUN_SETTINGS += ("device", "precision")  # further flags of gan.py; default: the run's values
+RUN_SETTINGS += ("device", "precision", "log")  # further flags of gan.py; default: the run's values
 
 
 def parse_gan_config(argv=None):

@@ -14,7 +14,7 @@ PREPROCESSING_VERSION = 2  # increased when preprocessing changes, which invalid
 def file_stat(file):
     """A file's size in bytes and its time of modification in nanoseconds."""
     status = os.stat(file)
-    return status.st_size, status.st_mtime_ns
+    return status.st_size, (status.st_mtime_ns + 2**63) % 2**64 - 2**63  # int64, also for times after 2262
 
 
 def content_hash(content):

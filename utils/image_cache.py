@@ -1,14 +1,13 @@
 """Decoded images by index, from the files or from a cache in which every image of a data set is decoded once."""
 
 import contextlib
+import errno
 import hashlib
 import multiprocessing.queues
 import os
 import shutil
 import signal
-import struct
 import sys
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -23,27 +22,47 @@ from config import InputError
 from utils.cli import one_line, progress_bar
 from utils.distributed import first_process_first, is_first_process
 from utils.files import atomic_write, check_regular
+from utils.image_files import printable_name, register_decoders
 
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # a 100-megapixel photo is not an attack
+register_decoders()
+Image.MAX_IMAGE_PIXELS = None  # `load_image` has limits of its own: a 200-megapixel JPEG is a photograph
 
 DECODER_VERSION = 2  # increased whenever `decode_image` returns different pixels, so older caches are rebuilt
 CHUNK_SIZE = 10_000  # images submitted to the decoding threads at once
-# Most damaged files raise OSError. The others: PNG and GIF chunks, EXIF data, palettes, and the AVIF decoder.
-DECODING_ERRORS = (OSError, EOFError, SyntaxError, ValueError, RuntimeError, LookupError, ArithmeticError)
-DECODING_ERRORS += (struct.error, Image.DecompressionBombError)
+MAX_PIXELS = 180_000_000  # to be decoded, which takes 4 to 8 bytes each
+MAX_COMPRESSION = 10_000  # pixels per byte of a file: Deflate reaches 8,256 for one bit per pixel
+MIN_SUSPECT = 25_000_000  # pixels, below which a damaged file does no harm
+
+
+def load_image(file, resolution):
+    """An image file as an upright RGB PIL image, at least of `resolution` if the file is; InputError if unreadable."""
+    try:
+        with Image.open(file) as image:
+            image.draft("RGB", (resolution, resolution))  # JPEG: decode at a reduced scale where possible
+            check_size(image, os.path.getsize(file))
+            return to_upright_rgb(image)
+    except FileNotFoundError:
+        raise InputError(f"image {printable_name(file)} is missing") from None
+    except Exception as error:  # decoders raise exceptions of almost any type for damaged files
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            raise
+        raise InputError(f"image {printable_name(file)} cannot be read ({one_line(error)})") from error
+
+
+def check_size(image, num_bytes):
+    """Raise InputError for an image whose pixels would fill the memory, or cannot all be in its file."""
+    pixels = image.width * image.height
+    if pixels > MAX_PIXELS:
+        limit = f"more than {MAX_PIXELS / 1e6:.0f} megapixels"
+        raise InputError(f"{image.width} x {image.height} pixels, {limit}: reduce it")
+    if pixels > max(MIN_SUSPECT, MAX_COMPRESSION * num_bytes):
+        raise InputError(f"{image.width} x {image.height} pixels in {num_bytes} bytes: the file is damaged")
 
 
 def decode_image(file, resolution):
     """An image file as (resolution, resolution, 3) uint8 RGB; raises InputError if it cannot be read."""
-    try:
-        with Image.open(file) as image:
-            image.draft("RGB", (resolution, resolution))  # JPEG: decode at a reduced scale where possible
-            upright = to_upright_rgb(image)  # not cropped below: captions also describe what is near the edges
-            return np.asarray(upright.resize((resolution, resolution), Image.Resampling.BICUBIC, reducing_gap=2.0))
-    except FileNotFoundError:
-        raise InputError(f"image {file} is missing") from None
-    except DECODING_ERRORS as error:
-        raise InputError(f"image {file} cannot be read ({error})") from error
+    upright = load_image(file, resolution)  # not cropped below: captions also describe what is near the edges
+    return np.asarray(upright.resize((resolution, resolution), Image.Resampling.BICUBIC, reducing_gap=2.0))
 
 
 def to_upright_rgb(image):
@@ -197,6 +216,13 @@ class ImageStore:
         if self.pixels is None:
             self.pixels = np.load(self.cache.path, mmap_mode="r")
         return np.asarray(self.pixels[self.cache.rows[index]])
+
+    def copy_to(self, device):
+        """All decoded images on a GPU, (N, S, S, 3) uint8; None if they take more than a quarter of its free memory."""
+        if self.cache is None or len(self) * 3 * self.resolution**2 > torch.cuda.mem_get_info(device)[0] / 4:
+            return None
+        stored, rows = torch.from_numpy(np.load(self.cache.path, mmap_mode="c")), torch.from_numpy(self.cache.rows)
+        return torch.cat([stored[part].to(device) for part in rows.split(CHUNK_SIZE)])
 
     def __getstate__(self):
         """What a loader process receives: the file names only if it has to decode."""

@@ -56,6 +56,9 @@ def log_step(bar, loss, state, stats):
         f"{stats['images'] / seconds:.0f} images/s, data time {100 * stats['data_time'] / seconds:.0f}%",
         refresh=False,
     )
+    if state.tracker:
+        values = {"loss": float(loss), "images_per_second": stats["images"] / seconds}
+        state.tracker.numbers({"step": values}, state.step)
 
 
 def log_epoch(state, stats, metrics, validation_loss, config):
@@ -77,6 +80,8 @@ def log_epoch(state, stats, metrics, validation_loss, config):
         **(state.augmentation.end_epoch(Path(config.run)) if state.augmentation else {}),
     }
     state.history.append(line)
+    if state.tracker:
+        state.tracker.numbers({"epoch": line}, state.step)
     print_once(
         f"epoch {state.epoch}: loss {line['train_loss']:.3f} (validation {validation_loss:.3f}), validation "
         f"text-to-image R@1 {metrics['text_to_image_R@1']:.1f} R@5 {metrics['text_to_image_R@5']:.1f} "

@@ -7,11 +7,10 @@ import warnings
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps
+from PIL import ImageOps
 
-from config import InputError
 from utils.files import atomic_write
-from utils.image_cache import DECODING_ERRORS, to_upright_rgb
+from utils.image_cache import load_image
 
 matplotlib.rcParams["text.parse_math"] = False  # captions and file names may contain dollar signs
 warnings.filterwarnings("ignore", r"Glyph \d+", UserWarning)  # characters missing from the font are drawn as boxes
@@ -173,15 +172,11 @@ def show_image(axis, file, color=None):
 
 def open_image(file):
     """An upright RGB PIL image, downsampled for a figure; raises InputError."""
-    try:
-        with Image.open(file) as image:
-            image = to_upright_rgb(image)
-            image.thumbnail((MAX_LENGTH, MAX_LENGTH))
-            shortest = MIN_LENGTH * max(image.size) // MAX_LENGTH
-            size = tuple(max(length, shortest) for length in image.size)  # else the frame covers a narrow image
-            return image if size == image.size else ImageOps.pad(image, size, color="white")
-    except DECODING_ERRORS as error:
-        raise InputError(f"image {file} cannot be read ({error})") from None
+    image = load_image(file, MAX_LENGTH)
+    image.thumbnail((MAX_LENGTH, MAX_LENGTH))
+    shortest = MIN_LENGTH * max(image.size) // MAX_LENGTH
+    size = tuple(max(length, shortest) for length in image.size)  # else the frame covers a narrow image
+    return image if size == image.size else ImageOps.pad(image, size, color="white")
 
 
 def report_plot(content, path, num_omitted=0):

@@ -20,7 +20,7 @@ except ImportError:  # Windows
 # Settings that may differ when a run is resumed: they do not change what has been learned. (With the cosine
 # schedule a different number of epochs changes the learning rates of the remaining ones.)
 MAY_CHANGE = {"run", "resume", "gan_run", "gan_captions", "image_path", "captions_path", "cache_path", "cache_images"}
-MAY_CHANGE |= {"num_workers", "epochs", "save_every_minutes"}
+MAY_CHANGE |= {"num_workers", "epochs", "save_every_minutes", "log"}
 # Settings fixed by a trained GAN (`--gan_run`).
 GAN_ARCHITECTURE = ("gan_generator", "gan_subset", "gan_size", "gan_width", "gan_epochs")
 SUBFOLDERS = ("best", "first", "gan", "heads", "index", "stage1", "tokenizer")  # of a run, in which commands write

@@ -80,6 +80,27 @@ def test_scan_images_finds_images_in_all_folders_and_nothing_else(gallery):
     assert file_stats[2].tolist() == [status.st_size, status.st_mtime_ns]
 
 
+def test_scan_images_follows_linked_folders_once_and_counts_other_files(gallery, tmp_path, capsys):
+    draw_image(tmp_path / "real" / "e.jfif")
+    (gallery / "linked").symlink_to(tmp_path / "real")
+    (gallery / "sub" / "again").symlink_to(tmp_path / "real")
+    (gallery / "sub" / "loop").symlink_to(gallery)
+    (gallery / "README").write_text("no suffix")
+    names, stats = scan_images(gallery)
+    assert names == ["a.jpg", "b.PNG", "linked/e.jfif", "sub/c.webp", "sub/deep/d.jpg"] and len(stats) == 5
+    line = capsys.readouterr().err
+    assert line.startswith(f"files of {gallery} that are no images are not used: ")
+    assert {"1 .txt", "1 hidden", "1 without suffix"} == {*line.split(": ")[1].strip().split(", ")}
+
+
+def test_times_after_2262_fit_into_the_index(gallery):
+    try:
+        os.utime(gallery / "a.jpg", ns=(0, 2**63 + 10**9))
+    except (OSError, OverflowError):
+        pytest.skip("the file system has no such times")
+    assert scan_images(gallery)[0][0] == "a.jpg"
+
+
 def test_scan_images_refuses_folders_without_images(tmp_path, gallery):
     with pytest.raises(InputError, match="is not a folder"):
         scan_images(gallery / "a.jpg")

@@ -69,6 +69,9 @@ def test_read_labelled_images_of_a_csv(tmp_path):
     files, labels = read_labelled_images(tmp_path / "list.csv", tmp_path / "Images")
     assert files == [tmp_path / "Images/a.jpg", tmp_path / "Images/sub/b.jpg"] and labels == ["dog", "cat"]
     assert read_labelled_images(tmp_path / "list.csv")[0][0] == tmp_path / "a.jpg"
+    (tmp_path / "list.csv").write_bytes("file name;class\na.jpg;Hündin\n".encode("cp1252"))
+    assert read_labelled_images(tmp_path / "list.csv") == ([tmp_path / "a.jpg"], ["Hündin"])
+    assert parse_labels("a,caf\udce9") == ["a", "caf\u00e9"]
 
 
 @pytest.mark.parametrize(

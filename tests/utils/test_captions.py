@@ -7,7 +7,14 @@ import pytest
 
 from config import InputError
 from dataset import make_pairs
-from utils.captions import find_captions_file, group_captions, read_caption_list, read_captions, train_tokenizer
+from utils.captions import (
+    find_captions_file,
+    group_captions,
+    read_caption_list,
+    read_captions,
+    text_ids,
+    train_tokenizer,
+)
 
 
 def write(path, content):
@@ -87,12 +94,12 @@ def test_read_captions_skips_a_blank_caption_beside_others(tmp_path):
         ("", "is empty"),
         (" \n\n", "is empty"),
         ("image,caption\n", "contains no captions"),
-        (b"image,caption\na.jpg,\xff\xfe\n", "cannot be read as UTF-8"),
-        ("photo;text\na.jpg;dog\n", r"starts with \['photo;text'\].*`image` and `caption`"),
+        ("image,caption\na.jpg,éàü\n".encode() + b"b.jpg,\xff\n", "line 3 cannot be read as UTF-8"),
+        ("photo;words\na.jpg;dog\n", "starts with 'photo;words': it should start with a header.*`image,caption`"),
         ("x" * 200_000, "starts with"),
         ("image,caption\na.jpg,A dog, running\n", "line 2: 3 columns instead of 2.*quotes"),
-        ("image,caption\na.jpg\n", "line 2: 1 columns instead of 2"),
-        ('image,caption\na.jpg,"A dog\nb.jpg,A cat\n', "line 3 cannot be read as CSV"),
+        ("image,caption\na.jpg\n", "line 2: image 'a.jpg' has no caption"),
+        ('image,caption\na.jpg,"A dog\nb.jpg,A cat\n', "line 2: a quote is opened and never closed"),
         ("a.jpg#0\tA dog\nb.jpg#0 A cat\n", "line 2: no tab"),
         ("image,caption\na.jpg,A dog\nb.jpg,\nc.jpg,\n", r"line 3: image 'b.jpg' has no caption \(1 more"),
         ("image,caption\na.jpg," + "word " * 10_000, "line 2: caption has 10,000 words .at most 1,000"),
@@ -139,7 +146,7 @@ def test_read_caption_list_with_and_without_groups(tmp_path):
         ("A dog .\nA dog .\n", "contains 1 captions"),
         (CSV, "a captions file with images"),
         (TOKEN, "a captions file with images"),
-        (b"\xff\xfe\x00", "cannot be read as UTF-8"),
+        (b"\xff\xfe\x00", "line 1 cannot be read as UTF-16"),
     ],
 )
 def test_read_caption_list_refuses(tmp_path, content, message):
@@ -158,6 +165,17 @@ def test_group_captions_gives_groups_of_training_captions_their_image():
     assert found[4] == 0  # image a
     assert found[2] == found[3] < 0 and found[5] < 0 and found[5] != found[2]
     assert np.unique(found).size == 4
+
+
+def test_text_ids_of_equal_captions_are_equal():
+    texts = ["A dog .", "a  DOG", " a dog!", "A dog's", "caf\u00e9", "CAFE\u0301.", "", ".", "STRASSE", "stra\u00dfe"]
+    ids = text_ids(texts).tolist()
+    groups = [0, 0, 0, 1, 2, 2, 3, 3, 4, 4]
+    assert len({*ids}) == 5 and all(
+        (ids[i] == ids[j]) == (groups[i] == groups[j]) for i in range(10) for j in range(10)
+    )
+    assert text_ids(["a dog"]).tolist() == [ids[0]] and text_ids(["a dog"]).dtype == np.int64
+    assert text_ids([]).shape == (0,)
 
 
 # ---- the tokenizer ----------------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import quarters
 
-from utils.device_augmentation import augment_images, draw_augmentation
+from dataset import Batch
+from utils.device_augmentation import LoaderWithImages, augment_images, draw_augmentation
 
 PLAIN = [0.5, 0.5, 1, 1, 1, 1, 1, 1]
 
@@ -74,3 +75,11 @@ def test_batch_is_channels_last_and_each_image_has_its_own_parameters():
     assert found.is_contiguous(memory_format=torch.channels_last) and found.dtype == torch.uint8
     assert torch.equal(found[0].flip(2), found[1])
     assert not torch.equal(found[0], found[1])
+
+
+def test_loader_with_images_takes_the_images_of_each_batch_from_all():
+    images = torch.randint(256, (5, 4, 4, 3), dtype=torch.uint8)
+    batches = [Batch(torch.arange(2), torch.tensor(ids)) for ids in ([3, 0], [4, 4])]
+    found = list(LoaderWithImages(batches, images))
+    assert torch.equal(found[0].images, images[[3, 0]].permute(0, 3, 1, 2))
+    assert torch.equal(found[1].images, images[[4, 4]].permute(0, 3, 1, 2))

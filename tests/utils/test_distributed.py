@@ -71,21 +71,22 @@ def compute_share(rank, folder):
     """In a process of its own: the loss and its gradients with respect to the rows of this process."""
     store = f"file://{(folder / 'store').as_posix()}"
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    images, texts, t, index, ids, weights = torch.load(folder / "inputs.pt")
+    images, texts, t, index, ids, weights, text_ids = torch.load(folder / "inputs.pt")
     rows = slice(0, 4) if rank == 0 else slice(4, 11)
     own = (index >= rows.start) & (index < rows.stop)
     inputs = [images[rows].requires_grad_(), texts[own].requires_grad_(), t.requires_grad_()]
     group = process_group()
-    loss = contrastive_loss(*inputs, index[own] - rows.start, ids[rows], weights[rows], group)
+    loss = contrastive_loss(*inputs, index[own] - rows.start, ids[rows], weights[rows], group, text_ids[own])
     torch.save([loss.detach(), *torch.autograd.grad(loss, inputs)], folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 def test_contrastive_loss_of_two_processes_adds_up_to_that_of_the_batch(tmp_path):
-    """Processes with 4 and 7 images, some repeated across processes, with unequal caption counts and weights."""
+    """Processes with 4 and 7 images, some repeated, with unequal caption counts and weights, some equal captions."""
     index = torch.arange(11).repeat_interleave(torch.tensor([1, 5, 2, 1, 3, 4, 1, 2, 7, 1, 1]))
     targets = {"image_ids": torch.tensor([7, 3, 7, 1, 9, 3, 7, 4, 5, 6, 8])}
     targets |= {"weights": torch.rand(11, dtype=torch.float64) + 0.1}
+    targets |= {"text_ids": torch.randint(0, 40, (len(index),))}  # some captions are equal
     images, texts = (x.double() for x in random_embeddings(index))
     t = torch.tensor(2.0, dtype=torch.float64)
     torch.save([images, texts, t, index, *targets.values()], tmp_path / "inputs.pt")

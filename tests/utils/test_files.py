@@ -17,8 +17,6 @@ from utils.files import (
     atomic_write,
     check_regular,
     read_json,
-    read_lines,
-    read_text,
     write_json,
 )
 
@@ -150,20 +148,6 @@ def test_read_json_names_what_is_wrong(tmp_path, content, message):
     with pytest.raises(InputError, match=message) as error:
         read_json(tmp_path / "x.json")
     assert "\n" not in str(error.value)
-
-
-def test_read_lines_strips_and_skips_blank_lines(tmp_path):
-    (tmp_path / "x.txt").write_bytes("\ufeff one \r\n\r\n \ntwö\n\nthree".encode())
-    assert read_lines(tmp_path / "x.txt") == ["one", "twö", "three"]
-
-
-def test_read_text_refuses_other_encodings(tmp_path):
-    (tmp_path / "x.txt").write_bytes(b"\xff\xfe\x00")
-    for function in (read_text, read_lines):
-        with pytest.raises(InputError, match=r"x\.txt cannot be read as UTF-8 text"):
-            function(tmp_path / "x.txt")
-        with pytest.raises(InputError, match=r"gone\.txt cannot be read"):
-            function(tmp_path / "gone.txt")
 
 
 @posix

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from gan_fixtures import CPU, TINY, as_flags, gan_run_fixture  # noqa: F401
@@ -31,6 +32,22 @@ def test_hard_negatives_are_the_most_similar_captions_of_other_images(data):
         others = similarity[captions[image]][data.image_index != image]
         least_similar = similarity[captions[image], numbers].min()
         assert (others > least_similar + 1e-6).sum() <= 0.25 * len(others)  # 256 draws from 120 captions
+
+
+def test_equal_captions_of_other_images_are_no_hard_negatives(tiny_config, tiny_model, data_set, monkeypatch):
+    monkeypatch.setattr(gan_data, "NUM_HARD_NEGATIVES", 100)
+    captions = {f"{n}.jpg": [f"A dog {n} .", "Two dogs !" if n % 2 else f"cat {n}"] for n in range(24)}
+    config = tiny_config(**data_set(captions, dev=["0.jpg"]), gan_size=32)
+    train = load_splits(config)["train"]
+    data = GANData(tiny_model(), train, config, SIDED, CPU)
+    texts = np.array(train.captions)
+    for captions in (data.caption_offsets[:-1], data.caption_offsets[1:] - 1):
+        negatives = data.hard_negatives(torch.arange(23), captions)
+        for image, numbers in enumerate(negatives):
+            own = set(texts[train.captions_of(image)])
+            assert own.isdisjoint(texts[numbers])
+    assert not data.sided.any()
+    assert GANData(tiny_model(), train, config.__class__(**{**vars(config), "flip": False}), SIDED, CPU).sided.all()
 
 
 def test_images_are_flipped_unless_a_caption_says_left_or_right(data):

@@ -1,7 +1,11 @@
 """Image decoding, the image cache, decoded images by index, and the evaluation transform."""
 
+import errno
 import os
 import pickle
+import struct
+import tracemalloc
+import zlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -259,3 +263,77 @@ def test_evaluation_images_record_failures_or_raise(files):
     assert [bool((image == 0).all()) for image in batch] == [False, True, False]
     with pytest.raises(InputError, match=r"2\.png cannot be read"):
         EvaluationImages(ImageStore(files, 36), [3, 2, 1], 32).__getitems__([0, 1, 2])
+
+
+# ---- damaged and huge files -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [MemoryError(), KeyError("x y"), AttributeError(), OverflowError("far\ntoo large")])
+def test_any_exception_of_a_decoder_names_the_image(tmp_path, monkeypatch, error):
+    Image.fromarray(quarters(40)).save(tmp_path / "a.png")
+    monkeypatch.setattr(image_cache, "to_upright_rgb", lambda image: (_ for _ in ()).throw(error))
+    with pytest.raises(InputError, match=r"image .*a\.png cannot be read \(.+\)") as found:
+        decode_image(tmp_path / "a.png", 20)
+    assert "\n" not in str(found.value)
+
+
+def test_too_many_open_files_are_no_fault_of_the_image(tmp_path, monkeypatch):
+    error = OSError(errno.EMFILE, "Too many open files")
+    monkeypatch.setattr(Image, "open", lambda path: (_ for _ in ()).throw(error))
+    with pytest.raises(OSError, match="Too many open files"):
+        decode_image(tmp_path / "a.png", 20)
+
+
+def png_header(width, height):
+    """A PNG file without pixels, of 119 bytes or so."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(999))) + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [((13_000, 13_000), "13000 x 13000 pixels in .* bytes"), ((60_000, 60_000), "more than 180 megap")],
+)
+def test_a_small_file_of_many_pixels_is_refused_without_memory(tmp_path, size, message):
+    (tmp_path / "a.png").write_bytes(png_header(*size))
+    tracemalloc.start()
+    with pytest.raises(InputError, match=message):
+        decode_image(tmp_path / "a.png", 20)
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
+
+
+def test_a_photograph_of_200_megapixels_is_decoded_at_a_reduced_scale(tmp_path):
+    image = Image.new("L", (16_320, 12_240), 100)
+    image.save(tmp_path / "a.jpg", quality=50)
+    decoded = decode_image(tmp_path / "a.jpg", 32)
+    assert np.abs(decoded.astype(int) - 100).max() <= 2
+
+
+SUFFIXES = ["png", "jpg", "gif", "webp", "tif", "bmp", "jp2", "avif", "ppm", "tga", "ico", "dds", "pcx", "sgi"]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_damaged_images_of_all_formats_are_decoded_or_refused(tmp_path, suffix):
+    path, rng = tmp_path / f"a.{suffix}", np.random.default_rng(0)
+    try:
+        Image.fromarray(quarters(48)).save(path)
+    except (OSError, KeyError):
+        pytest.skip(f"Pillow does not write {suffix}")
+    complete = path.read_bytes()
+    assert np.abs(decode_image(path, 16)[2, 2].astype(int) - [250, 0, 0]).max() < 60
+    for _ in range(12):
+        content = bytearray(complete[: rng.integers(1, len(complete) + 1)])
+        for position in rng.integers(0, len(content), rng.choice((0, 1, 20))):
+            content[position] = rng.integers(256)
+        path.write_bytes(content)
+        try:
+            assert decode_image(path, 16).shape == (16, 16, 3)
+        except InputError as error:
+            assert "a." in str(error) and "\n" not in str(error)

@@ -9,8 +9,9 @@ from conftest import draw_image, flags, tiny_settings
 
 import main
 from config import Config, InputError
-from dataset import SPLIT_FILES, load_splits
+from dataset import load_splits
 from utils.captions import read_captions
+from utils.splits import SPLITS
 from utils.synthetic import (
     BACKGROUNDS,
     COLORS,
@@ -44,7 +45,7 @@ def test_generate_dataset_has_the_layout_of_flickr8k(sample, tmp_path):
     assert {split: len(pairs.files) for split, pairs in splits.items()} == {"train": 24, "validation": 8, "test": 10}
     assert [np.diff(pairs.caption_offsets).tolist() for pairs in splits.values()] == [[5] * 24, [5] * 8, [5] * 10]
     listed = sorted(file.name for file in Path(sample["captions_path"]).parent.glob("*Images.txt"))
-    assert len(listed) == len(SPLIT_FILES)
+    assert len(listed) == len(SPLITS)
 
 
 def test_no_two_images_share_their_captions(sample):

@@ -7,13 +7,14 @@ import torch
 from naive import loss_and_gradients, loss_cases, naive_loss, random_embeddings, relative_error
 
 from utils import tiled_loss
-from utils.tiled_loss import tiled_contrastive_loss
+from utils.tiled_loss import EqualTexts, tiled_contrastive_loss
 
 
-def tiled(images, texts, t, image_index, image_ids=None, weights=None):
+def tiled(images, texts, t, image_index, image_ids=None, weights=None, text_ids=None):
     image_ids = torch.arange(len(images)) if image_ids is None else image_ids
     weights = torch.ones_like(images[:, 0]) if weights is None else weights
-    return tiled_contrastive_loss(images, texts, t, image_index, image_ids, weights)
+    equal = None if text_ids is None else EqualTexts(image_index, text_ids, text_ids)
+    return tiled_contrastive_loss(images, texts, t, image_index, image_ids, weights, equal=equal)
 
 
 @pytest.mark.parametrize("t", [math.log(1 / 0.07), math.log(100)], ids=["initial t", "maximum t"])
