@@ -14,8 +14,15 @@ from pathlib import Path
 from config import InputError
 from utils.cli import exit_on_input_error
 from utils.flags import OneLineParser
-from utils.image_files import find_images, is_image_name, printable_name
+from utils.image_files import is_image_name, printable_name
 
+FLAGS = {  # those that each job uses, besides --run, --device and --json
+    "a search for a sentence": {"images", "plus", "minus", "n", "output"},
+    "--image": {"images", "captions_path", "plus", "minus", "n", "output"},
+    "--labels": {"image", "template", "output"},
+    "--evaluate": {"images", "captions_path", "split"},
+    "--zero_shot": {"images", "labels", "template", "output"},
+}
 PLOT_SUFFIXES = (".png", ".jpg", ".webp", ".pdf", ".svg")
 
 
@@ -25,17 +32,21 @@ def parse_arguments(argv=None):
     add = parser.add_argument
     add("query", nargs="*", help="what the image should show; each sentence is a separate query")
     add("--run", nargs="+", metavar="FOLDER", help="trained run (default: the newest in runs/); several: an ensemble")
-    add("--images", metavar="FOLDER", help="images to search, with subfolders (default: the run's test images)")
+    add("--images", "--image_path", metavar="FOLDER", help="image folder (default: the run's test images)")
     addend = {"action": "append", "default": [], "metavar": "X"}
     add("--plus", **addend, help="add a sentence or an image file to the query; 0.5:X weights it")
     add("--minus", **addend, help="subtract a sentence or an image file from the query; 0.5:X weights it")
     add_one_of = parser.add_mutually_exclusive_group().add_argument
     add_one_of("--image", metavar="FILE", help="find the best captions for an image, and similar images")
-    add_one_of("--evaluate", action="store_true", help="compute retrieval metrics on all images of a captions file")
+    add_one_of("--evaluate", action="store_true", help="retrieval metrics of a split")
+    add(
+        "--split",
+        choices=("train", "validation", "test", "all"),
+        help="split for --evaluate (default: the run's test images; all images of another data set)",
+    )
     add_one_of("--zero_shot", metavar="PATH", help="accuracy on a folder of labelled subfolders, or an image,label CSV")
     add("--labels", metavar="A,B,...", help="with --image: classify it; with --zero_shot: the candidate labels")
     add("--template", action="append", help='prompt for a label, e.g. "a photo of a {}"; repeatable (default: four)')
-    add("--image_path", metavar="FOLDER", help="image folder for --evaluate, or for the CSV of --zero_shot")
     add("--captions_path", metavar="FILE", help="captions for --evaluate or --image (default: the run's)")
     add("--n", type=int, help="number of results, 1 or more (default: 9, or all if there are fewer)")
     add("--output", default="matches.png", help=f"plot file, {', '.join(PLOT_SUFFIXES)} (default: %(default)s)")
@@ -59,13 +70,17 @@ def parse_arguments(argv=None):
         (a.images == "", "images is empty: use a folder of images, or drop --images"),
         (a.query and other_mode, f"{other_mode} cannot be combined with a sentence"),
         (a.query and a.image, "pass a sentence or --image; to combine them: a sentence and --plus IMAGE"),
-        (a.evaluate and not (a.image_path and a.captions_path), "--evaluate needs --image_path and --captions_path"),
+        (a.evaluate and (a.images is None) != (a.captions_path is None), "pass both --images and --captions_path"),
         (no_mode and a.labels is not None, "--labels needs --image or --zero_shot"),
         (no_mode and no_query, f'the query is empty{taken}: python inference.py "two dogs on the grass"'),
         (file, f"the query is {file}, a file: to search with an image, pass --image {file}"),
     ):
         if refused:
             raise InputError(message)
+    job = other_mode or ("--labels" if a.labels is not None else "--image" if a.image else "a search for a sentence")
+    for name in sorted(vars(a).keys() - FLAGS[job] - {"query", "run", "device", "json", job.removeprefix("--")}):
+        if getattr(a, name) != parser.get_default(name):
+            raise InputError(f"--{name} is not used by {job}: drop it")
     return a
 
 
@@ -74,9 +89,8 @@ if __name__ == "__main__":
 
 import torch
 
-from clip import format_metrics, load_model, retrieval_metrics
-from dataset import EvaluationImages, ImageStore, captions_by_image, check_files, make_pairs
-from utils.captions import read_pairs
+from clip import load_model
+from dataset import EvaluationImages, ImageStore, check_files
 from utils.device import setup_device
 from utils.embed import embed_captions, encode_dataset, fast_image_encoder, image_batch_size
 from utils.formats import clean_text
@@ -261,6 +275,7 @@ def main(argv=None):
     if arguments.image:
         check_files([Path(arguments.image)], "--image")
     if arguments.evaluate or arguments.zero_shot or arguments.labels is not None:
+        from extras.evaluation import evaluate
         from extras.zero_shot import classify, evaluate_zero_shot
 
         job = evaluate if arguments.evaluate else evaluate_zero_shot if arguments.zero_shot else classify
@@ -318,20 +333,6 @@ def image_title(result):
     name = printable_name(Path(result["file"]).name)
     name = name if len(name) < 32 else f"{name[:18]}...{name[-10:]}"
     return f"{name}\n{result['score']:.3f}   z {result['z_score']:+.1f}   {DECISIONS[result['match']][0]}".rstrip()
-
-
-def evaluate(models, arguments):
-    """Print the retrieval metrics on all images of a captions file."""
-    frame = read_pairs(arguments.captions_path, arguments.image_path)
-    pairs = make_pairs(captions_by_image(frame), arguments.image_path)
-    pairs.files = find_images(arguments.image_path, pairs.names)
-    check_files(pairs.files)
-    # Concatenated embeddings, divided by sqrt(models): dot products are mean similarities over the models.
-    images = torch.cat([embed_images(model, pairs.files) for model in models], 1) / len(models) ** 0.5
-    texts = torch.cat([embed_captions(model, pairs.captions) for model in models], 1) / len(models) ** 0.5
-    metrics = retrieval_metrics(images, texts, pairs.image_index, num_draws=1000, text_ids=pairs.text_ids)
-    counts = {"images": len(pairs.files), "captions": len(pairs.captions)}
-    print(json.dumps({**counts, **metrics}) if arguments.json else format_metrics(metrics))
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ from utils.match_rates import save_match_threshold
 from utils.model_checks import check_model
 from utils.overflow import OverflowGuard
 from utils.plotting import plot_curves, plot_matches
+from utils.report_page import write_page
 from utils.synthetic import generate_dataset
 from utils.tracking import Tracker
 
@@ -396,10 +397,11 @@ def report(state, splits, config, device, amp_dtype):
         plot_curves(state.history, folder / "curves.png")
         plot_matches(pairs, images, texts, folder / "matches.png")
         save_match_threshold(folder, splits["validation"], *validation)  # so that a search needs no validation images
+        write_page(folder, config, results, pairs, images, texts)
         state.tracker.figure("matches", folder / "matches.png", state.step)
         write_json(folder / "results.json", results)  # last: it marks the run as finished
         print(f"\n{split} split, {results['images']:,} images:\n{format_metrics(metrics)}")
-        print(f"model, curves.png and matches.png are in {folder}")
+        print(f"model, figures and report.html are in {folder}")
         print(f'to search: python inference.py "a sentence" --run {folder.as_posix()}', flush=True)
     return results
 

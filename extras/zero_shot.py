@@ -103,7 +103,7 @@ def classify(models, arguments):
 
 def evaluate_zero_shot(models, arguments):
     """Print the accuracy on labelled images, and plot the confusion matrix."""
-    files, truth = read_labelled_images(arguments.zero_shot, arguments.image_path)
+    files, truth = read_labelled_images(arguments.zero_shot, arguments.images)
     check_files(files)
     known = sorted(set(truth))
     labels = parse_labels(arguments.labels) if arguments.labels else known

@@ -174,7 +174,8 @@ def search(trained_run, refused):
     """`search(*argv)`: the one-line error of a search on the trained run that is refused."""
 
     def call(*argv, run=trained_run):
-        line = refused(inference.main, [*argv, "--run", run, "--device", "cpu", "--output", "out.png"])
+        output = [] if "--evaluate" in argv else ["--output", "out.png"]
+        line = refused(inference.main, [*argv, "--run", run, "--device", "cpu", *output])
         assert not Path("out.png").exists()
         return line
 
@@ -226,7 +227,7 @@ def test_search_refuses_a_damaged_model(search, trained_run, tmp_path):
 
 
 def test_evaluate_refuses_unreadable_data(search, sample):
-    assert "--image_path and --captions_path" in search("--evaluate")
+    assert "pass both --images and --captions_path" in search("--evaluate", "--images", sample["image_path"])
     images = ["--evaluate", "--image_path", sample["image_path"], "--captions_path"]
     assert "which does not exist" in search(*images, "nowhere.txt")
     Path("c.txt").write_text("image,caption\nnowhere.jpg,A dog\n", encoding="utf-8")

@@ -15,6 +15,7 @@ from PIL import Image
 from clip import retrieval_metrics, save_model
 from config import InputError
 from dataset import captions_by_image, load_splits, make_pairs, read_captions
+from extras.evaluation import PROTOCOL
 from extras.search_index import open_run
 from inference import (
     Searcher,
@@ -28,6 +29,7 @@ from inference import (
     rank,
 )
 from utils.embed import embed_captions
+from utils.files import read_json
 
 
 @pytest.fixture
@@ -308,13 +310,26 @@ def test_evaluate_one_run_and_an_ensemble(run, sample, tmp_path, capsys, tiny_mo
         [f(m, v) for m in models] for f, v in ((embed_images, pairs.files), (embed_captions, pairs.captions))
     )
     expected = retrieval_metrics(images[0], texts[0], pairs.image_index)
+    assert (found.pop("split"), found.pop("protocol")) == ("all", PROTOCOL)
     assert found == {"images": 42, "captions": 210, **{k: pytest.approx(v, abs=0.6) for k, v in expected.items()}}
     scores = sum(t.double() @ i.double().T for t, i in zip(texts, images, strict=True)) / 2  # (T, N)
     own_images = torch.from_numpy(pairs.image_index)
     ranks = (scores >= scores.gather(1, own_images[:, None])).sum(1)
     assert both["text_to_image_R@5"] == pytest.approx(100 * (ranks <= 5).double().mean().item(), abs=0.6)
     main(["--evaluate", *paths, "--run", str(run)])
-    assert f"rsum {found['rsum']:.1f}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert printed.startswith("all images: 42 images, 210 captions; every caption is a query for its one image")
+    assert f"rsum {found['rsum']:.1f}" in printed
+
+
+def test_evaluate_repeats_the_results_of_the_run(trained_run, capsys):
+    found, results = search(capsys, "--evaluate", "--run", trained_run), read_json(trained_run / "results.json")
+    assert (found["split"], found["images"], found["captions"]) == ("test", 10, 50)
+    assert found["rsum"] == pytest.approx(results["rsum"])
+    counts = {}
+    for split in ("train", "validation", "all"):
+        counts[split] = search(capsys, "--evaluate", "--run", trained_run, "--split", split)["images"]
+    assert counts == {"train": 24, "validation": 8, "all": 42}
 
 
 # ---- bad input
@@ -338,7 +353,11 @@ def test_evaluate_one_run_and_an_ensemble(run, sample, tmp_path, capsys, tiny_mo
         (["--labels", "a,b"], "--labels needs --image"),
         (["--image", "gallery/0.jpg", "--labels", "a"], "two or more"),
         (["--image", "gallery/0.jpg", "--labels", "a,b", "--template", "x"], "template"),
-        (["--evaluate"], "needs --image_path"),
+        (["--evaluate", "--images", "gallery"], "pass both --images and --captions_path"),
+        (["--evaluate", "--n", "3"], "--n is not used by --evaluate: drop it"),
+        (["a dog", "--captions_path", "x.txt"], "--captions_path is not used by a search for a sentence"),
+        (["--image", "gallery/0.jpg", "--labels", "a,b", "--images", "gallery"], "--images is not used by --labels"),
+        (["a dog", "--split", "all"], "--split is not used by a search"),
         (["photo.jpg"], "a file: to search with an image, pass --image photo.jpg"),
         (["a dog", "--images", ""], "images is empty"),
         (["a dog", "--zero_shot", "x"], "--zero_shot cannot be combined with a sentence"),
@@ -353,7 +372,7 @@ def test_evaluate_one_run_and_an_ensemble(run, sample, tmp_path, capsys, tiny_mo
 def test_bad_input_gives_a_one_line_error(run, gallery, refused, words, message):
     Path("broken.jpg").write_bytes(b"not an image")
     Path("photo.jpg").write_bytes(b"an image")
-    rest = [] if "--images" in words else ["--images", "gallery"]
+    rest = [] if {"--images", "--labels", "--evaluate"} & {*words} else ["--images", "gallery"]
     rest += [] if "--run" in words else ["--run", "run"]
     assert message in refused(main, [*words, *rest])
 

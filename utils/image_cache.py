@@ -25,6 +25,8 @@ from utils.files import atomic_write, check_regular
 from utils.image_files import printable_name, register_decoders
 
 register_decoders()
+# For all processes: a loader process that is forked while OpenCV has threads hangs as soon as it changes their number.
+cv2.setNumThreads(1)
 Image.MAX_IMAGE_PIXELS = None  # `load_image` has limits of its own: a 200-megapixel JPEG is a photograph
 
 DECODER_VERSION = 2  # increased whenever `decode_image` returns different pixels, so older caches are rebuilt
@@ -271,7 +273,6 @@ def open_images(splits, config):
 def prepare_worker(_):
     """Set up a loader process: Ctrl-C is left to the main process, and one thread is used."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    cv2.setNumThreads(1)
     torch.set_num_threads(1)
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(exit_worker)
 

@@ -8,6 +8,7 @@ import tracemalloc
 import zlib
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -337,3 +338,7 @@ def test_damaged_images_of_all_formats_are_decoded_or_refused(tmp_path, suffix):
             assert decode_image(path, 16).shape == (16, 16, 3)
         except InputError as error:
             assert "a." in str(error) and "\n" not in str(error)
+
+
+def test_opencv_has_no_threads_that_a_forked_loader_process_would_wait_for():
+    assert cv2.getNumThreads() == 1
