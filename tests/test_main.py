@@ -76,7 +76,7 @@ def test_saved_run_is_rebuilt_from_its_own_settings(trained_run, sample, capsys)
     arguments = ["--evaluate", "--run", str(trained_run), "--json", "--device", "cpu"]
     inference.main([*arguments, "--image_path", sample["image_path"], "--captions_path", sample["captions_path"]])
     printed = json.loads(capsys.readouterr().out)
-    assert set(printed) == METRICS | {"images", "captions", "ci95"}
+    assert set(printed) == METRICS | {"split", "images", "captions", "protocol", "ci95"}
     assert (printed["images"], printed["captions"]) == (42, 210)
 
 
