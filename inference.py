@@ -30,7 +30,7 @@ def parse_arguments(argv=None):
     """The checked command line; raises InputError."""
     parser = OneLineParser(prog="inference.py", description="Search images with a trained run.", allow_abbrev=False)
     add = parser.add_argument
-    add("query", nargs="*", help="what the image should show; each sentence is a separate query")
+    add("query", nargs="*", help="what the image should show; each sentence is a separate query; -: lines of the input")
     add("--run", nargs="+", metavar="FOLDER", help="trained run (default: the newest in runs/); several: an ensemble")
     add("--images", "--image_path", metavar="FOLDER", help="image folder (default: the run's test images)")
     addend = {"action": "append", "default": [], "metavar": "X"}
@@ -49,7 +49,9 @@ def parse_arguments(argv=None):
     add("--template", action="append", help='prompt for a label, e.g. "a photo of a {}"; repeatable (default: four)')
     add("--captions_path", metavar="FILE", help="captions for --evaluate or --image (default: the run's)")
     add("--n", type=int, help="number of results, 1 or more (default: 9, or all if there are fewer)")
-    add("--output", default="matches.png", help=f"plot file, {', '.join(PLOT_SUFFIXES)} (default: %(default)s)")
+    add(
+        "--output", default="matches.png", help=f"plot file, {', '.join(PLOT_SUFFIXES)}, or none (default: %(default)s)"
+    )
     add("--json", action="store_true", help="print JSON")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
     a = parser.parse_args(argv)
@@ -59,13 +61,15 @@ def parse_arguments(argv=None):
         folders = [word for word in a.run[1:] if os.path.isdir(word) or "/" in word or "\\" in word]
         a.query = [word for word in a.run[1:] if word not in folders]
         a.run = [a.run[0], *folders]
+    if a.query == ["-"]:
+        a.query = [line.strip() for line in sys.stdin if line.strip()]
     output, suffixes = Path(a.output), ", ".join(PLOT_SUFFIXES)
     no_query = not a.query or not all(sentence.strip() for sentence in a.query)
     taken = f" ({a.run[-1]!r} was read as a run)" if a.run and len(a.run) > 1 else ""
     file = next((name for name in a.query if os.path.isfile(name)), None)
-    bad_output = output.suffix.lower() not in PLOT_SUFFIXES or not output.parent.is_dir() or output.is_dir()
+    plot_file = output.suffix.lower() in PLOT_SUFFIXES and output.parent.is_dir() and not output.is_dir()
     for refused, message in (
-        (bad_output, f"output is {a.output}: use a {suffixes} file in an existing folder"),
+        (a.output != "none" and not plot_file, f"output is {a.output}: use a {suffixes} file in an existing folder"),
         (a.n is not None and a.n < 1, f"n is {a.n}: use 1 or more"),
         (a.images == "", "images is empty: use a folder of images, or drop --images"),
         (a.query and other_mode, f"{other_mode} cannot be combined with a sentence"),
@@ -285,13 +289,16 @@ def main(argv=None):
     starts = [Path(arguments.image)] if arguments.image else arguments.query
     queries = [build_query(start, arguments.plus, arguments.minus) for start in starts]
     searcher = Searcher(arguments.run, arguments.images, arguments.captions_path, arguments.device)
+    runs = ", ".join(run.folder.parent.as_posix() for run in searcher.runs)
+    print(f"{runs}: {len(searcher.gallery.names):,} images in {searcher.gallery.root}", file=sys.stderr)
     n, answers = arguments.n, []
     if arguments.image and len(queries[0]) == 1:
         answers = [searcher.answer(queries[0], n, "captions")]
         n = n and min(n, len(searcher.gallery.names))
     answers += [searcher.answer(query, n) for query in queries]
     print_answers(answers, arguments.json)
-    plot_answers(answers, arguments)
+    if arguments.output != "none":
+        plot_answers(answers, arguments)
 
 
 def print_answers(answers, as_json):

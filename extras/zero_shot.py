@@ -98,7 +98,8 @@ def classify(models, arguments):
     lines = "\n".join(f"{result['probability']:.4f}\t{result['label']}" for result in results)
     print(json.dumps({"image": image.as_posix(), "labels": results}) if arguments.json else lines)
     colors, path = [MATCH] + [WEAK] * (len(labels) - 1), arguments.output
-    report_plot("labels", path, plot_bars(image, image.name, labels, probabilities, colors, path))
+    if path != "none":
+        report_plot("labels", path, plot_bars(image, image.name, labels, probabilities, colors, path))
 
 
 def evaluate_zero_shot(models, arguments):
@@ -116,5 +117,6 @@ def evaluate_zero_shot(models, arguments):
     summary = f"accuracy {results['accuracy']:.1f}% on {len(readable)} images"
     mean = f"mean over the {len(labels)} labels {results['mean_label_accuracy']:.1f}%"
     print(json.dumps(results) if arguments.json else f"{summary} ({mean})")
-    plot_confusion(results["confusion"], labels, arguments.output, summary)
-    report_plot("confusion matrix", arguments.output)
+    if arguments.output != "none":
+        plot_confusion(results["confusion"], labels, arguments.output, summary)
+        report_plot("confusion matrix", arguments.output)

@@ -1,5 +1,6 @@
 """Search against plain computations on the same vectors, and the errors for bad input."""
 
+import io
 import json
 import os
 import shutil
@@ -330,6 +331,15 @@ def test_evaluate_repeats_the_results_of_the_run(trained_run, capsys):
     for split in ("train", "validation", "all"):
         counts[split] = search(capsys, "--evaluate", "--run", trained_run, "--split", split)["images"]
     assert counts == {"train": 24, "validation": 8, "all": 42}
+
+
+def test_queries_from_standard_input_without_a_plot(run, gallery, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("a dog\n\n a red circle \n"))
+    main(["-", "--run", str(run), "--images", str(gallery), "--output", "none", "--json"])
+    output = capsys.readouterr()
+    assert [answer["query"] for answer in json.loads(output.out)] == ["a dog", "a red circle"]
+    assert f"{Path(run).as_posix()}: 6 images in {gallery.as_posix()}" in output.err
+    assert not Path("matches.png").exists() and not Path("none").exists()
 
 
 # ---- bad input
