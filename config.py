@@ -44,6 +44,7 @@ class Config:
     cache_path: str = setting("cache", "folder for decoded images")
     run: str = setting("", "folder of this run; empty: runs/<date and time>")
     resume: bool = setting(False, "continue the run given by --run, or the newest one")
+    check: bool = setting(False, "only check the data, the loading speed and the batch size; writes no run")
 
     # ---- data -------------------------------------------------------------------------------------------------
     size: int = setting(224, "input resolution of the image encoder, pixels", 16, 1024)

@@ -2,14 +2,13 @@
 
 import math
 import os
-import signal
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from utils.cli import exit_on_input_error, sigterm_as_interrupt, stop_signals
+from utils.cli import default_sigchld, exit_on_input_error, sigterm_as_interrupt, stop_signals
 from utils.runs import claim_run, resolve_run
 
 if __name__ == "__main__":
@@ -249,9 +248,7 @@ def encode(model, batch, generated, amp_dtype):
 def load_steps(loader, sampler, model, stop, stats):
     """Yield the micro-batches of each step on the device, and measure the time spent waiting for them."""
     iterator, device = iter(loader), model.device
-    if hasattr(signal, "SIGCHLD"):
-        # PyTorch would raise in the middle of a step when a loader process ends; the loader below also detects it.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    default_sigchld()
     for count in sampler.micro_batch_counts():
         start = time.perf_counter()
         if stop.requested:
@@ -340,8 +337,7 @@ def load_data(config):
         generate_dataset(config.image_path, config.captions_path, config.sample_images)
     splits = first_process_first(lambda: load_splits(config))
     smallest = min(len(pairs.files) for pairs in splits.values() if pairs.files)
-    _, world_size = rank_and_world_size()
-    if smallest < world_size:
+    if smallest < (world_size := rank_and_world_size()[1]):
         raise InputError(f"a split has {smallest} images, too few for {world_size} processes: start fewer processes")
     return splits
 
@@ -413,6 +409,10 @@ def report(state, splits, config, device, amp_dtype):
 def main(argv=None):
     """Train CLIP; `--gan` without `--gan_run` first trains a CLIP on real images and a GAN."""
     config, sources = resolve_run(argv)
+    if config.check:
+        from extras.check_data import check_data
+
+        return check_data(config, load_data, build_model, build_loader)
     with claim_run(config, sources) if is_first_process() else nullcontext(config) as config:
         print_once(format_config(config, sources))
         return train_all(config)

@@ -132,6 +132,12 @@ class StopRequest:
             self.requested, self.reason = True, error
 
 
+def default_sigchld():
+    """Undo PyTorch's handler of ended loader processes, which raises amid a step: the loader detects them as well."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
 @contextlib.contextmanager
 def handle_signals(signals, handler):
     """Within the block the signals call a handler, except an ignored SIGHUP (nohup)."""
