@@ -365,9 +365,9 @@ def save_model(model, folder):
     """Write `folder` (model.safetensors, config.json, tokenizer/): all that inference needs, without a network."""
     folder = Path(folder)
     if not (folder / "config.json").exists():
-        folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(folder / "tokenizer", ignore_errors=True)  # incomplete
-        model.tokenizer.save_pretrained(folder / "tokenizer")
+        with atomic_write(folder / "tokenizer", is_folder=True) as temporary:
+            model.tokenizer.save_pretrained(temporary)
     write_json(folder / "config.json", model.saved_config)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with atomic_write(folder / "model.safetensors") as temporary:

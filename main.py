@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from utils.cli import default_sigchld, exit_on_input_error, sigterm_as_interrupt, stop_signals
+from utils.cli import STOPPING, default_sigchld, exit_on_input_error, sigterm_as_interrupt, stop_signals
 from utils.runs import claim_run, resolve_run
 
 if __name__ == "__main__":
@@ -124,10 +124,12 @@ def train(config):
         while state.epoch < config.epochs:
             stats = train_one_epoch(state, sampler, loader, config, amp_dtype, stop)
             check_training(state, state.loss_sum)
+            with stop.interruptible():
+                if not stop.requested:
+                    metrics, validation_loss = evaluate(state.eval_model, splits["validation"], amp_dtype, config)
             if stop.requested:
                 save_checkpoint(state, folder)
                 raise stop.reason
-            metrics, validation_loss = evaluate(state.eval_model, splits["validation"], amp_dtype, config)
             if config.scheduler == "plateau":
                 state.scheduler.step(validation_loss)
             log_epoch(state, stats, metrics, validation_loss, config)
@@ -137,6 +139,8 @@ def train(config):
                 if is_first_process():
                     save_model(state.eval_model, folder / "best")
             save_checkpoint(state, folder)
+        if stop.requested:
+            raise stop.reason
 
     return report(state, splits, config, device, amp_dtype)
 
@@ -257,8 +261,8 @@ def load_steps(loader, sampler, model, stop, stats):
             stop.waiting = True
             batches = [next(iterator).to(device) for _ in range(count)]
             stop.waiting = False
-        except (KeyboardInterrupt, RuntimeError, ConnectionError, EOFError) as error:
-            stop.loader_failed(error)
+        except STOPPING as error:
+            stop.failed(error)
             return
         stats["data_time"] += time.perf_counter() - start
         for batch in batches:
@@ -422,11 +426,6 @@ def train_all(config):
     """The results of all stages of a training, in one or several processes; a stop is reported in a line."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     all_stages = config.gan != "none" and not config.gan_run
-    if several and (all_stages or config.gan == "joint"):
-        raise InputError(
-            f"gan is {config.gan} in several processes, but a GAN is trained in one: train it with "
-            "python gan.py --run ..., then pass --gan pairs --gan_run ..."
-        )
     with nullcontext() if several else sigterm_as_interrupt():
         try:
             config = init_processes(config)

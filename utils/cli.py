@@ -15,8 +15,9 @@ from config import DivergenceError, InputError
 OUT_OF_MEMORY = "out of memory ({}): lower --micro_batch_size, --batch_size or --size (gan.py: --gan_batch_size)"
 # RuntimeErrors of PyTorch that are no bugs, and what to do about them; {} is the message.
 ADVICE = {
-    r"out of memory|can't allocate memory|not enough memory": OUT_OF_MEMORY,
+    r"out of memory|(can't|[Cc]annot) allocate memory|not enough memory|ALLOC_FAILED": OUT_OF_MEMORY,
     r"Too many open files|ancdata": "too many open files ({}): raise the limit (ulimit -n), or pass --num_workers 0",
+    r"can't start new thread": "too many processes ({}): raise the limit (ulimit -u), or pass --num_workers 0",
     r"DataLoader worker \(pid": "a data loading process ended ({}): memory or shared memory (/dev/shm) ran out; pass "
     "--num_workers 0, or start a Docker container with --shm-size=8g",
 }
@@ -84,7 +85,7 @@ def error_line(error):
     line = last if text.startswith("Caught ") else one_line(error)
     if isinstance(error, MemoryError):
         return OUT_OF_MEMORY.format(line)
-    if isinstance(error, RuntimeError) or getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+    if isinstance(error, RuntimeError) or getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and re.search(LOST_PROCESS, line):
             return f"another process of this run ended, see its message ({line})"
         return next((advice.format(line) for pattern, advice in ADVICE.items() if re.search(pattern, line)), None)
@@ -103,13 +104,14 @@ def progress_bar(iterable=None, **options):
 
 
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+# Of those that end waiting for data or evaluation, `StopRequest.failed` raises the bugs.
+STOPPING = (KeyboardInterrupt, InputError, RuntimeError, OSError, EOFError, MemoryError)
 
 
 class StopRequest:
     """`requested` becomes true at the first Ctrl-C, SIGTERM or SIGHUP: the step is finished, a checkpoint is written.
 
-    `reason` is the exception with which the command then ends. While the data loader is `waiting`, which may last for
-    ever, a signal interrupts at once: no step is in progress.
+    The command then ends with the exception `reason`.
     """
 
     def __init__(self):
@@ -122,12 +124,24 @@ class StopRequest:
             raise KeyboardInterrupt
         self.requested = True
 
-    def loader_failed(self, error):
-        """Request a stop if the data loader was interrupted or its process was killed; else raise the error."""
+    @contextlib.contextmanager
+    def interruptible(self):
+        """In the block, in which no step is in progress, a signal or a fault of the system requests a stop at once."""
+        try:
+            self.waiting = True
+            yield
+        except STOPPING as error:
+            self.failed(error)
+        finally:
+            self.waiting = False
+
+    def failed(self, error):
+        """Request a stop after a signal or a fault of the system; raise a bug, and any error of several processes."""
+        self.waiting = False
         if isinstance(error, ConnectionError | EOFError):
             error = RuntimeError(f"DataLoader worker (pid unknown): {error!r}")
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 or not (self.requested or error_line(error)):
-            raise error
+            raise error from None
         if not self.requested:
             self.requested, self.reason = True, error
 

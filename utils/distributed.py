@@ -35,6 +35,11 @@ def init_processes(config):
         return config
     if config.batch_size < 2 * count:
         raise InputError(f"batch_size is {config.batch_size}, with {count} processes: use at least {2 * count}")
+    if config.gan == "joint" or (config.gan == "pairs" and not config.gan_run):
+        raise InputError(
+            f"gan is {config.gan} in several processes, but a GAN is trained in one: train it with "
+            "python gan.py --run ..., then pass --gan pairs --gan_run ..."
+        )
     if config.device not in ("auto", "cpu", "cuda"):
         raise InputError(f"device is {config.device}, but there are {count} processes: use auto, cuda or cpu")
     use_cuda = config.device in ("auto", "cuda") and torch.cuda.is_available()

@@ -96,8 +96,9 @@ def cached_features(model, pairs, encoder, amp_dtype, config, desc=None):
     path = Path(config.cache_path) / f"features-{features_hash(model, pairs, encoder, amp_dtype)}.safetensors"
     with contextlib.suppress(OSError, SafetensorError, KeyError, InputError):  # not cached, or damaged
         check_regular(path)
-        features = load_file(path)["features"]
-        if len(features) == len(pairs.files if encoder == "image" else pairs.captions) and features.isfinite().all():
+        features, width = load_file(path)["features"], getattr(model, f"{encoder}_encoder").width
+        expected = (len(pairs.files if encoder == "image" else pairs.captions), width)
+        if features.shape == expected and features.isfinite().all():
             return features.to(model.device)
     features = encode_split(model, pairs, encoder, nn.Identity(), amp_dtype, config, desc)
     with atomic_write(path) as temporary:

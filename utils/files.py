@@ -23,25 +23,37 @@ MAX_JSON_BYTES = 10**8
 
 
 @contextlib.contextmanager
-def atomic_write(path):
-    """Yield a temporary path that replaces `path` once the block has succeeded; on an error `path` stays as it was.
-
-    The file lies in a new folder with an unpredictable name beside `path`, because libraries write temporary files of
-    their own, and is flushed to disk before the rename, which replaces a symbolic link instead of following it. Missing
-    parent folders are created. Raises OSError for a full disk, whatever the library in the block raises.
-    """
-    path = Path(path)
+def temporary_folder(path):
+    """Yield a new folder beside `path`, which is removed in the end, or by the next process if this one is killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_stale(path.parent)
     folder, lock = create_temporary_folder(path)
-    temporary = folder / path.name
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+@contextlib.contextmanager
+def atomic_write(path, is_folder=False):
+    """Yield a temporary path that replaces `path` once the block has succeeded; on an error `path` stays as it was.
+
+    The file, or the folder if `is_folder`, which replaces nothing, lies in a new folder with an unpredictable name,
+    because libraries write temporary files of their own, and is flushed to disk before the rename, which replaces a
+    symbolic link instead of following it. Raises OSError for a full disk, whatever the library in the block raises.
+    """
+    path = Path(path)
+    with temporary_folder(path) as folder:
+        temporary = folder / path.name
         try:
+            temporary.mkdir() if is_folder else temporary.touch()
+            mode = temporary.stat().st_mode
             yield temporary
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
+            for written in filter(Path.is_file, temporary.rglob("*") if is_folder else [temporary]):
+                with open(written, "rb+") as file:
+                    os.fsync(file.fileno())
         except Exception as error:
             cause = os_error(error, temporary)
             if cause is None:
@@ -49,10 +61,6 @@ def atomic_write(path):
             raise OSError(cause.errno, cause.strerror, str(path)) from error
         temporary.chmod(mode)  # safetensors restricts the file to its owner
         temporary.replace(path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
 
 
 def create_temporary_folder(path):
@@ -81,19 +89,16 @@ def remove_stale(parent):
                 os.close(lock)
 
 
-def os_error(error, file):
-    """The OSError that made writing to a file fail; None if there is none.
-
-    safetensors mentions it in a message; torch.save hides it, so it is provoked again.
-    """
+def os_error(error, temporary):
+    """The OSError that made writing a temporary file or folder fail; None if there is none."""
     if isinstance(error, OSError):
-        own = error.filename is None or Path(error.filename).parent == file.parent
+        own = error.filename is None or Path(error.filename).is_relative_to(temporary.parent)
         return error if error.errno and own else None
-    if found := re.search(r"os error (\d+)", str(error)):
+    if found := re.search(r"os error (\d+)", str(error)):  # of safetensors and tokenizers
         return OSError(int(found[1]), os.strerror(int(found[1])))
-    try:
-        with open(file, "ab") as opened:
-            opened.write(bytes(2**16))
+    try:  # torch.save hides it
+        with open(temporary / "probe" if temporary.is_dir() else temporary, "ab") as file:
+            file.write(bytes(2**16))
     except OSError as cause:
         return cause
     return None

@@ -146,7 +146,7 @@ def find_cache(digests, resolution, folder):
             stored = read_digests(path, resolution)
         except FileNotFoundError:
             continue
-        except (OSError, ValueError, EOFError) as error:
+        except (ValueError, EOFError) as error:  # InputError included
             print(f"{path} is damaged ({one_line(error)}): the images are decoded again", file=sys.stderr)
             with contextlib.suppress(OSError):  # open in another process (Windows)
                 path.unlink()
@@ -159,7 +159,7 @@ def find_cache(digests, resolution, folder):
 
 
 def read_digests(path, resolution):
-    """The digests of the images in a cache, (N,); raises OSError, ValueError or EOFError if it is damaged."""
+    """The digests of the images in a cache, (N,); raises ValueError or EOFError if it is damaged."""
     arrays = []
     for file in (path.with_suffix(".digests"), path):
         check_regular(file)

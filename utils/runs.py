@@ -23,7 +23,7 @@ MAY_CHANGE = {"run", "resume", "gan_run", "gan_captions", "image_path", "caption
 MAY_CHANGE |= {"num_workers", "epochs", "save_every_minutes", "log"}
 # Settings fixed by a trained GAN (`--gan_run`).
 GAN_ARCHITECTURE = ("gan_generator", "gan_subset", "gan_size", "gan_width", "gan_epochs")
-SUBFOLDERS = ("best", "first", "gan", "heads", "index", "stage1", "tokenizer")  # of a run, in which commands write
+SUBFOLDERS = ("best", "first", "gan", "heads", "index", "stage1", "tensorboard", "tokenizer", "wandb")  # of a run
 CACHE_FILES = ("images-*", "features-*", ".images-*", ".features-*")
 
 

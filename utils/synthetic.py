@@ -9,7 +9,7 @@ from PIL import Image, ImageColor, ImageDraw
 
 from config import InputError
 from utils.cli import progress_bar
-from utils.files import atomic_write
+from utils.files import atomic_write, temporary_folder
 
 # Few colours and shapes, distinguishable at 32 pixels: two images of a batch then often differ in a shape alone, so
 # that a model has to learn shapes and not only colours.
@@ -103,8 +103,10 @@ def generate_dataset(image_path, captions_path, train_images, validation_images=
     rng = np.random.default_rng(seed)
     chosen = [scenes[i] for i in rng.permutation(len(scenes))[:total]]
     names = [f"shapes_{number:05d}.jpg" for number in range(total)]
-    for name, scene in zip(progress_bar(names, desc="rendering images", unit="image"), chosen, strict=True):
-        render_scene(scene, rng).save(image_path / name, quality=92)
+    with temporary_folder(image_path / "images") as folder:  # another process may be reading the same images
+        for name, scene in zip(progress_bar(names, desc="rendering images", unit="image"), chosen, strict=True):
+            render_scene(scene, rng).save(folder / name, quality=92)
+            (folder / name).replace(image_path / name)
     for split, end in zip(counts, np.cumsum(list(counts.values())), strict=True):
         with atomic_write(captions_path.parent / f"shapes.{split}Images.txt") as temporary:
             temporary.write_text("".join(f"{name}\n" for name in names[end - counts[split] : end]), encoding="utf-8")

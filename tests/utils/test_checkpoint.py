@@ -170,6 +170,34 @@ def test_stopped_run_says_how_to_continue_and_does(
     assert_identical(config.run, uninterrupted)
 
 
+@pytest.mark.parametrize("moment", ["evaluation", "image lost", "last model saved"])
+def test_run_stopped_between_epochs_resumes_exactly(tiny_config, uninterrupted, monkeypatch, capsys, moment):
+    config = tiny_config(**{**EXACT, "save_every_minutes": 10.0})
+    name, number = ("save_checkpoint", 3) if moment == "last model saved" else ("evaluate", 2)
+    function, calls = getattr(main, name), []
+
+    def fail(*arguments):
+        calls.append(0)
+        if len(calls) == number and moment == "image lost":
+            raise InputError("image x is missing")
+        if len(calls) == number:
+            signal.raise_signal(signal.SIGTERM)
+        return function(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit:
+        patch.setattr(main, name, fail)
+        main.main(flags(config))
+    assert exit.value.code == (2 if moment == "image lost" else 130)
+    output = capsys.readouterr()
+    line = "error: image x is missing" if moment == "image lost" else "stopped; to continue"
+    assert line in output.out + output.err
+    epochs = torch.load(Path(config.run) / "last.pt", weights_only=True)["epoch"]
+    assert epochs == (3 if moment == "last model saved" else 1)
+    main.main(["--resume", "--run", config.run, "--save_every_minutes", "0"])
+    assert ("at epoch 2, batch 9" in capsys.readouterr().out) == (epochs == 1)
+    assert_identical(config.run, uninterrupted)
+
+
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="Windows has no process groups")
 def test_terminated_process_group_leaves_a_checkpoint(tiny_config, tmp_path):
     config, output = tiny_config(**{**EXACT, "epochs": 1000}, num_workers=2), tmp_path / "output.txt"

@@ -10,7 +10,7 @@ import torch
 from conftest import ENVIRONMENT, run_python
 
 from config import DivergenceError, InputError
-from utils.cli import STOP_SIGNALS, exit_on_input_error, progress_bar, sigterm_as_interrupt, stop_signals
+from utils.cli import STOP_SIGNALS, error_line, exit_on_input_error, progress_bar, sigterm_as_interrupt, stop_signals
 
 
 def failing(error):
@@ -61,6 +61,8 @@ def test_exit_status_of_other_expected_errors(capsys, error, status, line):
         (MemoryError(), ["out of memory", "--micro_batch_size", "--gan_batch_size"]),
         (MemoryError("Unable to allocate 9 TiB"), ["out of memory (Unable to allocate 9 TiB)"]),
         (torch.OutOfMemoryError("CUDA out of memory. Tried"), ["memory (CUDA out of memory", "--micro_batch_size"]),
+        (OSError(12, "Cannot allocate memory"), ["out of memory", "--micro_batch_size"]),
+        (RuntimeError("can't start new thread"), ["too many processes", "ulimit -u"]),
         (OSError(24, "Too many open files", "x"), ["too many open files", "ulimit -n", "--num_workers 0"]),
         (RuntimeError("received 0 items of ancdata"), ["too many open files", "ulimit -n", "--num_workers 0"]),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."), ["--num_workers 0", "--shm-size"]),
@@ -166,10 +168,39 @@ def test_stop_signals_record_the_first_and_raise_at_the_second(number):
 
 
 def test_first_signal_interrupts_a_waiting_loader():
-    with pytest.raises(KeyboardInterrupt), stop_signals() as stop:
-        stop.waiting = True
-        signal.raise_signal(signal.SIGINT)
-    assert stop.requested
+    with stop_signals() as stop:
+        with stop.interruptible():
+            signal.raise_signal(signal.SIGINT)
+            pytest.fail("still waiting")
+        assert stop.requested and isinstance(stop.reason, KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        InputError("image x is missing"),
+        OSError(24, "Too many open files"),
+        MemoryError(),
+        EOFError(),
+        RuntimeError("out of memory"),
+    ],
+)
+def test_faults_of_the_system_request_a_stop_where_no_step_is_in_progress(error, monkeypatch):
+    with stop_signals() as stop:
+        with stop.interruptible():
+            raise error
+        assert stop.requested and not stop.waiting and error_line(stop.reason)
+    monkeypatch.setenv("WORLD_SIZE", "2")  # they cannot agree on a checkpoint
+    with pytest.raises((type(error), RuntimeError)), stop_signals() as stop, stop.interruptible():
+        raise error
+
+
+def test_bugs_request_no_stop():
+    with pytest.raises(RuntimeError, match="a bug"), stop_signals() as stop, stop.interruptible():
+        raise RuntimeError("a bug")
+    assert not stop.requested
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from dataset import load_splits, open_images
 from utils import embed
@@ -99,10 +100,12 @@ def test_precomputed_features_are_cached_until_weights_or_size_change(tiny_confi
     again = frozen_features(config, model)
     assert again[0] == 0
     assert torch.equal(again[1], images) and torch.equal(again[2], texts)
-    for file in (tmp_path / "cache").glob("features-*"):  # damaged: encoded again
-        file.write_bytes(b"not a safetensors file")
-    number, images, texts = frozen_features(config, model)
-    assert number == 32
+    others = [save({"features": torch.zeros(shape)}) for shape in ((), (8, 3))]
+    for content in (b"not a safetensors file", *others):
+        for file in (tmp_path / "cache").glob("features-*"):  # damaged: encoded again
+            file.write_bytes(content)
+        number, images, texts = frozen_features(config, model)
+        assert number == 32
     with torch.no_grad():
         next(model.image_encoder.parameters()).add_(1)
     number, changed, same_texts = frozen_features(config, model)

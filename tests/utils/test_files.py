@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from clip import save_model
 from config import InputError
 from utils.files import (
     MAX_JSON_BYTES,
@@ -106,6 +107,32 @@ def test_full_disk_is_an_os_error_that_names_the_file(tmp_path, save):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert error.value.filename == str(tmp_path / "x.bin")
     assert names(tmp_path) == []
+
+
+def test_atomic_write_of_a_folder(tmp_path):
+    with pytest.raises(ValueError), atomic_write(tmp_path / "new" / "x", is_folder=True) as folder:
+        (folder / "a").write_text("half")
+        raise ValueError
+    assert names(tmp_path / "new") == []
+    with atomic_write(tmp_path / "new" / "x", is_folder=True) as folder:
+        (folder / "a").write_text("whole")
+        (folder / "b").mkdir()
+        assert not (tmp_path / "new" / "x").exists()
+    assert names(tmp_path / "new" / "x") == ["a", "b"]
+
+
+@posix
+def test_full_disk_while_a_tokenizer_is_written(tmp_path, tiny_model):
+    import resource
+
+    model, limits = tiny_model(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # tokenizer_config.json fits, tokenizer.json does not
+    try:
+        with pytest.raises(OSError, match=r"File too large: .*tokenizer"):
+            save_model(model, tmp_path / "best")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert names(tmp_path / "best") == []
 
 
 @pytest.mark.parametrize(

@@ -285,6 +285,15 @@ def test_too_many_open_files_are_no_fault_of_the_image(tmp_path, monkeypatch):
         decode_image(tmp_path / "a.png", 20)
 
 
+def test_too_many_open_files_are_no_fault_of_the_cache(image_files, tmp_path, monkeypatch):
+    path = build_image_cache(image_files, 20, tmp_path / "cache", 0, False).path
+    error = OSError(errno.EMFILE, "Too many open files")
+    monkeypatch.setattr(np.lib.format, "open_memmap", lambda *_, **__: (_ for _ in ()).throw(error))
+    with pytest.raises(OSError, match="Too many open files"):
+        build_image_cache(image_files, 20, tmp_path / "cache", 0, False)
+    assert path.exists()
+
+
 def png_header(width, height):
     """A PNG file without pixels, of 119 bytes or so."""
 

@@ -72,7 +72,7 @@ def test_run_that_is_a_file_is_refused():
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links need rights")
 def test_linked_subfolders_of_a_run_are_refused(trained_run, tmp_path, refused):
-    for name in ("best", "index", "best/tokenizer"):
+    for name in ("best", "index", "best/tokenizer", "tensorboard"):
         run = Path(shutil.copytree(trained_run, tmp_path / name.replace("/", "-")))
         if not (run / name).exists():
             (run / name).mkdir()

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import draw_image, flags, tiny_settings
+from PIL import Image
 
 import main
 from config import Config, InputError
@@ -100,6 +101,25 @@ def test_existing_data_set_is_left_unchanged(tmp_path):
     generate_dataset(tmp_path / "Images", tmp_path / "captions.txt", 5)
     assert (tmp_path / "captions.txt").read_text(encoding="utf-8") == "mine"
     assert not (tmp_path / "Images").exists()
+
+
+def test_images_are_replaced_as_a_whole_while_another_process_reads_them(tmp_path, monkeypatch):
+    paths, seen = (tmp_path / "Images", tmp_path / "captions.txt"), []
+    generate_dataset(*paths, 3, 1, 1)
+    before = folder_bytes(tmp_path)
+    images = {file: content for file, content in before.items() if file.suffix == ".jpg"}
+    paths[1].unlink()  # as if the other process were about to write it
+    save = Image.Image.save
+
+    def save_and_look(image, file, **options):
+        Path(file).write_bytes(b"half")
+        seen.append(folder_bytes(tmp_path).items() >= images.items())
+        save(image, file, **options)
+
+    monkeypatch.setattr(Image.Image, "save", save_and_look)
+    generate_dataset(*paths, 3, 1, 1)
+    assert seen == [True] * 5
+    assert folder_bytes(tmp_path) == before
 
 
 def test_more_images_than_scenes_are_refused_before_writing(tmp_path):
