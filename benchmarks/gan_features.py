@@ -51,7 +51,9 @@ import main as clip_training  # noqa: E402
 from clip import retrieval_metrics  # noqa: E402
 from config import PRESETS, InputError, build_config  # noqa: E402
 from dataset import Batch, derive_seed, subset_pairs  # noqa: E402
+from utils.captions import text_ids  # noqa: E402
 from utils.cli import StopRequest, exit_on_input_error, progress_bar  # noqa: E402
+from utils.device import setup_device  # noqa: E402
 from utils.embed import embed_captions, encode_dataset, fast_image_encoder, precompute_features  # noqa: E402
 from utils.files import read_json, write_json  # noqa: E402
 from utils.flags import parse_flags  # noqa: E402
@@ -84,9 +86,10 @@ PLURALS = {"man": "men", "woman": "women", "child": "children"}
 def load(config):
     """The CLIP, and the training and validation pairs with features."""
     splits = clip_training.load_data(config)
-    model = clip_training.build_model(config, splits["train"].captions, torch.device("cpu"))
+    device, amp_dtype = setup_device(config.device, config.precision)
+    model = clip_training.build_model(config, splits["train"].captions, device)
     open_images(splits, config)
-    precompute_features(model, splits, None, config)
+    precompute_features(model, splits, amp_dtype, config)
     return model, splits["train"], splits["validation"]
 
 
@@ -95,6 +98,12 @@ def subset(pairs, images):
     found, captions = subset_pairs(pairs, images), [j for i in images for j in pairs.captions_of(i)]
     found.image_features, found.text_features = pairs.image_features[images], pairs.text_features[captions]
     return found, captions
+
+
+def on_device(pairs, device):
+    """The pairs with their features on the device."""
+    features = {name: getattr(pairs, name).to(device) for name in ("image_features", "text_features")}
+    return replace(pairs, **features)
 
 
 def naming(pairs, word):
@@ -144,7 +153,8 @@ class FeatureGenerator(nn.Module):
         self.out = nn.Linear(WIDTH, width)
 
     def forward(self, noise, captions):
-        h = torch.cat([noise, self.caption(captions)], 1)
+        h = self.caption(captions)
+        h = h if noise is None else torch.cat([noise, h], 1)
         for layer in self.hidden:
             h = leaky(layer(h))
         return self.out(h)
@@ -189,12 +199,13 @@ def train_regression(pairs, standard, seed):
     torch.manual_seed(seed)
     network = FeatureGenerator(pairs.text_features.shape[1], pairs.image_features.shape[1], noise_dim=0)
     network.caption.fit(pairs.text_features)
+    network.to(pairs.text_features.device)
     optimizer = torch.optim.AdamW(network.parameters(), 1e-3, weight_decay=0.1, fused=True)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, GAN_STEPS // 4)
     random, x = torch.Generator().manual_seed(seed), standard(pairs.image_features)
     for _ in range(GAN_STEPS // 4):
         images, captions = draw_pairs(pairs, GAN_BATCH, random)
-        prediction = network(torch.empty(GAN_BATCH, 0), pairs.text_features[captions])
+        prediction = network(None, pairs.text_features[captions])
         F.mse_loss(prediction, x[images]).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -209,6 +220,7 @@ def train_feature_gan(pairs, standard, seed):
     generator, discriminator = FeatureGenerator(*sizes), FeatureDiscriminator(*sizes)
     for network in (generator, discriminator):
         network.caption.fit(pairs.text_features)
+        network.to(pairs.text_features.device)
     ema = copy.deepcopy(generator).requires_grad_(False)
     optimizers = [
         torch.optim.Adam(network.parameters(), lr, betas=gan.ADAM_BETAS, fused=True)
@@ -219,7 +231,7 @@ def train_feature_gan(pairs, standard, seed):
         images, captions = draw_pairs(pairs, GAN_BATCH, random)
         texts, real = pairs.text_features[captions], x[images].requires_grad_()
         mismatched = pairs.text_features[draw_pairs(pairs, 8 * GAN_BATCH, random)[1]].view(GAN_BATCH, 8, -1)
-        noise = torch.randn(GAN_BATCH, NOISE_DIM, generator=random)
+        noise = torch.randn(GAN_BATCH, NOISE_DIM, generator=random).to(x.device)
 
         features, fake = discriminator.features(real), generator(noise, texts)
         scores = discriminator.score(features, texts)
@@ -243,7 +255,10 @@ def train_feature_gan(pairs, standard, seed):
 
 
 class ExtraPairs:
-    """Adds pairs to each batch of `main.train_one_epoch`; `draw(count, random)` gives features, texts and image ids."""
+    """Adds pairs to each batch of `main.train_one_epoch`.
+
+    `draw(count, random)` gives image features, text features, image ids and text ids.
+    """
 
     def __init__(self, draw, settings):
         self.draw, self.settings = draw, settings
@@ -253,9 +268,11 @@ class ExtraPairs:
         if not self.settings.start <= progress < self.settings.end:
             return []
         random = torch.Generator().manual_seed(derive_seed(self.settings.seed, step, 1))
-        images, texts, ids = self.draw(count, random)
-        weights = torch.full((count,), self.settings.weight)
-        return [Batch(torch.arange(count), ids, image_features=images, text_features=texts, weights=weights)]
+        images, texts, image_ids, text_ids = self.draw(count, random)
+        index, weights = torch.arange(count), torch.full((count,), self.settings.weight)
+        features = {"image_features": images, "text_features": texts}
+        batch = Batch(index, image_ids, **features, weights=weights, text_ids=text_ids)
+        return [batch.to(images.device)]
 
     def train_step(self, *_):
         pass
@@ -267,11 +284,13 @@ def build_arm(arm, data, settings):
     real, left_out, standard = data.real, data.left_out, data.standard
     own, pool = torch.from_numpy(real.image_index), torch.from_numpy(left_out.image_index)
     pool_ids = -1 - pool  # the images left out are not in the batches
+    own_texts, pool_texts = (torch.from_numpy(text_ids(pairs.captions)) for pairs in (real, left_out))
 
     def from_real(change):
         def draw(count, random):
             images, captions = draw_pairs(real, count, random)
-            return *change(real.image_features[images], real.text_features[captions], random), images
+            changed = change(real.image_features[images], real.text_features[captions], random)
+            return *changed, images, own_texts[captions]
 
         return draw
 
@@ -281,23 +300,23 @@ def build_arm(arm, data, settings):
             features = make(captions, random)
             if arm == "shuffled":
                 captions = torch.randint(len(pool), (count,), generator=random)
-            return features, left_out.text_features[captions], pool_ids[captions]
+            return features, left_out.text_features[captions], pool_ids[captions], pool_texts[captions]
 
         return draw
 
     def generate(captions, random):
-        noise = torch.randn(len(captions), NOISE_DIM, generator=random)
+        noise = torch.randn(len(captions), NOISE_DIM, generator=random).to(standard.mean.device)
         return standard.inverse(data.generator(noise, left_out.text_features[captions])).detach()
 
     def mixup(images, texts, random):
-        weight = torch.rand(len(images), 1, generator=random)
+        weight = torch.rand(len(images), 1, generator=random).to(images.device)
         other = torch.randperm(len(images), generator=random)
         return torch.lerp(images, images[other], weight), torch.lerp(texts, texts[other], weight)
 
     if arm in ("gan", "shuffled"):
         return from_pool(generate)
     if arm == "regression":
-        predicted = standard.inverse(data.regression(torch.empty(len(pool), 0), left_out.text_features))
+        predicted = standard.inverse(data.regression(None, left_out.text_features))
         return from_pool(lambda captions, _: predicted[captions])
     if arm == "nearest":
         texts, queries = F.normalize(real.text_features, dim=1), F.normalize(left_out.text_features, dim=1)
@@ -308,21 +327,21 @@ def build_arm(arm, data, settings):
     if arm == "images":
         return from_pool(lambda captions, _: data.generated[captions])
     if arm == "blurred":
-        return from_real_blurred(real, data.blurred)
+        return from_real_blurred(real, data.blurred, own_texts)
     if arm == "noise":
-        residual = standard(real.image_features)[own] - data.regression(torch.empty(len(own), 0), real.text_features)
+        residual = standard(real.image_features)[own] - data.regression(None, real.text_features)
         spread = residual.std(0) * standard.std
-        return from_real(lambda x, t, random: (x + spread * torch.randn(x.shape, generator=random), t))
+        return from_real(lambda x, t, random: (x + spread * torch.randn(x.shape, generator=random).to(x.device), t))
     if arm == "mixup":
         draw = from_real(mixup)
-        return lambda count, random: (*draw(count, random)[:2], -1 - torch.arange(count))
+        return lambda count, random: (*draw(count, random)[:2], *[-1 - torch.arange(count)] * 2)
     return from_real(lambda x, t, _: (x, t)) if arm == "duplicates" else None
 
 
-def from_real_blurred(real, blurred):
+def from_real_blurred(real, blurred, own_texts):
     def draw(count, random):
         images, captions = draw_pairs(real, count, random)
-        return blurred[images], real.text_features[captions], images
+        return blurred[images], real.text_features[captions], images, own_texts[captions]
 
     return draw
 
@@ -351,7 +370,7 @@ def evaluate(model, data):
     if data.queries is not None:
         gallery = torch.cat([model.project_image(data.left_out.image_features), images])
         scores = model.project_text(data.left_out.text_features[data.queries]) @ gallery.T
-        own = torch.from_numpy(data.left_out.image_index[data.queries])
+        own = torch.from_numpy(data.left_out.image_index[data.queries]).to(scores.device)
         ranks = (scores >= scores.gather(1, own[:, None])).sum(1)
         found |= {f"left_out_R@{k}": 100 * (ranks <= k).double().mean().item() for k in (1, 10)}
     return {name: value for name, value in found.items() if name in METRICS or name.startswith("left_out")}
@@ -372,6 +391,8 @@ def prepare(model, train, validation, options, config, seed):
     data.left_out, captions = subset(train, np.flatnonzero(left_out).tolist() if left_out.any() else list(range(count)))
     if named is not None:
         data.queries = np.flatnonzero(named[captions])
+    data.train = data.real  # in main memory, as the data loader expects
+    data.real, data.left_out = (on_device(pairs, model.device) for pairs in (data.real, data.left_out))
     data.standard = Standardised(data.real.image_features)
     if {"gan", "shuffled"} & set(options.arms):
         data.generator = train_feature_gan(data.real, data.standard, seed)
@@ -379,7 +400,8 @@ def prepare(model, train, validation, options, config, seed):
         data.regression = train_regression(data.real, data.standard, seed)
     if options.gan_run:
         data.generated, data.blurred = image_gan_features(model, train, options, config)
-        data.generated, data.blurred = data.generated[captions], data.blurred[np.flatnonzero(~left_out)]
+        data.generated = data.generated[captions].to(model.device)
+        data.blurred = data.blurred[np.flatnonzero(~left_out)].to(model.device)
     return data
 
 
@@ -387,10 +409,10 @@ def image_gan_features(model, pairs, options, config):
     """(T, F_i) features of one generated image per caption, and (N, F_i) of the real images at its resolution."""
     path = Path(options.folder) / "images.pt"
     if path.exists():
-        return torch.load(path)
+        return torch.load(path, map_location="cpu")
     run = gan.gan_run_folder(options.gan_run)
-    conditioning = gan.load_model(gan.conditioning_run(run), "cpu")
-    generator, random = gan.load_generator(run / "gan", "cpu"), torch.Generator().manual_seed(0)
+    conditioning = gan.load_model(gan.conditioning_run(run), model.device)
+    generator, random = gan.load_generator(run / "gan", model.device), torch.Generator().manual_seed(0)
     embeddings = embed_captions(conditioning, pairs.captions, desc="embedding captions")
     size = generator.architecture["size"]
     encode = fast_image_encoder(model, len(embeddings))
@@ -405,7 +427,7 @@ def image_gan_features(model, pairs, options, config):
             small = F.interpolate(batch.float(), size=(size, size), mode="area")
             return encode(F.interpolate(small, size=(config.size,) * 2, mode="bilinear").round().to(torch.uint8))
 
-        blurred = encode_dataset(blur, images, torch.device("cpu"), batch_size=16, desc="blurred images")
+        blurred = encode_dataset(blur, images, model.device, batch_size=16, desc="blurred images")
     torch.save((generated, blurred), path)
     return generated, blurred
 
@@ -422,7 +444,7 @@ def run_seed(model, train, validation, options, config, seed):
         **{name: getattr(options, name) for name in ("ratio", "weight", "start", "end")}, seed=seed
     )
     for arm in missing:
-        heads = train_heads(model, data.real, build_arm(arm, data, settings), replace(config, seed=seed), settings)
+        heads = train_heads(model, data.train, build_arm(arm, data, settings), replace(config, seed=seed), settings)
         results[arm] = evaluate(heads, data)
         write_json(path, results)
         print(seed, arm, {name: round(value, 1) for name, value in results[arm].items()}, flush=True)
