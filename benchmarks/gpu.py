@@ -97,7 +97,7 @@ class Part:
         data, argv = self.folder / "data", []
         if data.exists():
             argv = ["--image_path", str(data / "Images"), "--captions_path", str(data / "captions.txt")]
-        return benchmark_config(self.folder, argv, 30 if self.dry else 768, **settings)
+        return benchmark_config(self.folder, argv, 30 if self.dry else 320, **settings)
 
     def loop(self, **changes):
         """The program's own training loop."""
