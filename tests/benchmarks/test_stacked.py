@@ -1,0 +1,139 @@
+"""Many trainings at once equal single ones; every arm of the feature GAN benchmark runs."""
+
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, flags
+from test_main import pretrained_config
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import gan_features
+import stacked
+from common import build_state
+
+import main
+from clip import contrastive_loss
+from config import InputError
+from utils.cli import StopRequest
+from utils.files import read_json
+
+
+@pytest.fixture
+def frozen_config(tiny_config, tmp_path):
+    frozen = {"trainable": False, "captions_per_image": 5, "scheduler": "cosine", "warmup_steps": 2, "epochs": 3}
+    frozen |= {"dropout": 0.0, "head_lr": 1e-2}
+    return lambda **changes: pretrained_config(tiny_config, tmp_path, **{**frozen, **changes})
+
+
+def options(*argv):
+    return gan_features.parse_options([*argv])[0]
+
+
+def test_loss_of_several_runs_equals_the_loss_of_each():
+    torch.manual_seed(0)
+    index = torch.arange(6).repeat_interleave(torch.tensor([2, 1, 3, 1, 1, 2]))
+    images, texts = (F.normalize(torch.randn(3, n, 8, dtype=torch.float64), dim=-1) for n in (6, len(index)))
+    ids, text_ids = torch.randint(4, (3, 6)), torch.randint(6, (3, len(index)))
+    t, weights = torch.tensor([0.5, 1.0, 2.6], dtype=torch.float64), torch.rand(6, dtype=torch.float64)
+    found = stacked.contrastive_losses(images, texts, t, index, ids, weights, text_ids)
+    for run in range(3):
+        expected = contrastive_loss(images[run], texts[run], t[run], index, ids[run], weights, text_ids=text_ids[run])
+        assert found[run].item() == pytest.approx(expected.item(), abs=1e-12)
+
+
+def test_stacked_heads_equal_those_of_the_training_loop(frozen_config):
+    seeds, config = [5, 6], frozen_config()
+    model, train, _ = gan_features.load(config)
+    data = gan_features.choose_data(train, options("--share", "0.5"), seeds, torch.device("cpu"))
+    start = stacked.Heads(model, seeds, 1).parameters
+    found = stacked.train_heads(model, data, None, 1, config, seeds).parameters
+    for number, seed in enumerate(seeds):
+        own = replace(config, seed=seed)
+        pairs = data.pairs[number]
+        pairs.image_features, pairs.text_features = (
+            data.images[data.real_images[number]],
+            data.texts[data.real_captions[number]],
+        )
+        for name in ("image", "text"):
+            getattr(model, f"{name}_projection").layers[-1].weight.data.copy_(start[name, "weight"][number, 0])
+        model.logit_scale.data.copy_(start["t", ""][number, 0])
+        sampler, loader = main.build_loader(model, pairs, own)
+        state = build_state(model, own, None, pairs, own.epochs * sampler.num_batches)
+        for state.epoch in range(own.epochs):
+            main.train_one_epoch(state, sampler, loader, own, None, StopRequest())
+            state.batch = 0
+        for name in ("image", "text"):
+            weight = getattr(model, f"{name}_projection").layers[-1].weight
+            assert (weight - start[name, "weight"][number, 0]).abs().max() > 1e-2
+            assert torch.allclose(found[name, "weight"][number, 0], weight, atol=1e-5)
+        assert found["t", ""][number, 0].item() == pytest.approx(model.logit_scale.item(), abs=1e-5)
+
+
+def test_stacked_networks_equal_single_ones():
+    texts = torch.randn(2, 50, 16)
+    network = stacked.Stacked(lambda: stacked.FeatureGenerator(16, 4), texts, [1, 2], torch.device("cpu"))
+    noise = torch.randn(2, 3, stacked.NOISE_DIM)
+    found = network(texts[:, :3], noise)
+    for number, seed in enumerate((1, 2)):
+        torch.manual_seed(seed)
+        single = stacked.FeatureGenerator(16, 4)
+        single.caption.fit(texts[number])
+        assert torch.allclose(found[number], single(texts[number, :3], noise[number]), atol=1e-5)
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    monkeypatch.setattr(stacked, "GAN_STEPS", 20)
+    monkeypatch.setattr(gan_features, "report", lambda name, rows, details: None)
+
+
+def test_every_arm_runs_and_finished_seeds_are_kept(frozen_config, tmp_path, fast, capsys):
+    arms = [arm for arm in gan_features.ARMS if "images" not in arm and arm != "blurred"]
+    argv = ["--share", "0.5", "--seeds", "3", "--at_once", "2", "--folder", str(tmp_path / "out")]
+    argv += flags(frozen_config(dropout=0.2))
+    gan_features.main(argv)
+    found = [read_json(tmp_path / "out" / f"{seed}.json") for seed in (101, 102, 103)]
+    assert all(list(results) == arms for results in found)
+    assert len({results["real"]["rsum"] for results in found}) > 1
+    printed = capsys.readouterr().out
+    gan_features.main(argv)
+    again = capsys.readouterr().out
+    assert "103 mixup" in printed and "103 mixup" not in again and "| mixup |" in again
+
+
+def test_gan_features_depend_on_the_caption_and_regression_fits(frozen_config, monkeypatch):
+    monkeypatch.setattr(stacked, "GAN_STEPS", 400)
+    model, train, _ = gan_features.load(frozen_config())
+    data = gan_features.choose_data(train, options("--share", "1"), [1], torch.device("cpu"))
+    assert data.pool_captions.equal(data.real_captions)
+    network = stacked.train_regression(data, [1])
+    target = data.standard(data.images[data.image_index[data.real_captions]])
+    assert F.mse_loss(network(data.texts[data.real_captions]), target) < 0.7 * target.square().mean()
+    monkeypatch.setattr(stacked, "GAN_STEPS", 30)
+    generator, noise = stacked.train_feature_gan(data, [1]), torch.randn(1, 2, stacked.NOISE_DIM)
+    same_noise = noise[:, :1].expand(-1, 2, -1)
+    a, b = generator(data.texts[None, [0, 50]], same_noise)[0]
+    assert (a - b).abs().max() > 1e-3
+    a, b = generator(data.texts[None, [0, 0]], noise)[0]
+    assert (a - b).abs().max() > 1e-3
+
+
+def test_images_of_a_seed_are_its_own(frozen_config):
+    _, train, _ = gan_features.load(frozen_config())
+    data = gan_features.choose_data(train, options("--share", "0.25"), [1, 2], torch.device("cpu"))
+    assert data.real_images.shape == (2, 6) and not data.real_images[0].equal(data.real_images[1])
+    for real, pool in zip(data.real_captions, data.pool_captions, strict=True):
+        assert not set(real.tolist()) & set(pool.tolist()) and len(real) + len(pool) == len(train.captions)
+    assert data.image_index[data.real_captions[0]].unique().tolist() == data.real_images[0].tolist()
+
+
+def test_images_with_different_numbers_of_captions_are_refused(frozen_config):
+    _, train, _ = gan_features.load(frozen_config())
+    train.caption_offsets = np.concatenate([train.caption_offsets[:1], [2], train.caption_offsets[2:]])
+    with pytest.raises(InputError, match="2 to 8 captions"):
+        gan_features.choose_data(train, options(), [1], torch.device("cpu"))
