@@ -5,8 +5,6 @@ The page receives the images found as data URIs: no file is served from disk, an
 """
 
 import functools
-import html
-import io
 import os
 import sys
 import tempfile
@@ -22,7 +20,6 @@ from utils.image_files import NOT_IMAGES, printable_name
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MAX_RESULTS, MAX_TEXT, MAX_UPLOAD = 60, 1000, "100mb"  # images per search, characters, size of an image file
-RESOLUTION = 640  # pixels of the longer edge of an image in the page
 ENVIRONMENT = {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False", "GRADIO_ALLOWED_PATHS": ""}
 # The browser loads nothing from other hosts, whatever the page contains.
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'"
@@ -50,11 +47,11 @@ if __name__ == "__main__":
 
 from PIL import Image
 
+from extras.result_html import RESOLUTION, answer_html, escape, image_source, labels_html
 from extras.zero_shot import label_logits, parse_labels
-from inference import DECISIONS, Searcher, image_title
+from inference import Searcher
 from utils.formats import clean_text
 from utils.image_cache import load_image
-from utils.report_page import data_uri
 
 
 def answer_or_message(method):
@@ -107,10 +104,10 @@ class Page:
 def check_text(text, name):
     """Text from the page without surrounding space; raises InputError if it is empty or too long."""
     text = clean_text(text or "").strip()
-    if not text or len(text) > MAX_TEXT:
-        raise InputError(
-            f"the {name} has {len(text):,} characters: use 1 to {MAX_TEXT:,}" if text else f"the {name} is empty"
-        )
+    if not text:
+        raise InputError(f"the {name} is empty")
+    if len(text) > MAX_TEXT:
+        raise InputError(f"the {name} has {len(text):,} characters: use at most {MAX_TEXT:,}")
     return text
 
 
@@ -128,58 +125,6 @@ def check_upload(file):
         reason = " ".join(str(error.__cause__ or error).split()).replace(str(file), file.name)
         raise InputError(f"{printable_name(file.name)} cannot be read as an image ({reason})") from None
     return file
-
-
-def escape(text):
-    """Text for the page, also inert in the templates of gr.HTML, `${...}` and `{{...}}`."""
-    text = str(text).encode("utf-8", "replace").decode()
-    return html.escape(text).replace("$", "&#36;").replace("{", "&#123;").replace("}", "&#125;")
-
-
-def image_source(file):
-    """An image file as a JPEG data URI; empty if it can no longer be read."""
-    try:
-        image = load_image(file, RESOLUTION)
-    except (InputError, OSError):
-        return ""
-    image.thumbnail((RESOLUTION, RESOLUTION))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
-    return data_uri(buffer.getvalue(), "jpeg")
-
-
-def answer_html(answer):
-    """The results of `Searcher.answer`: captions as a table, images as a grid with coloured frames."""
-    results, kind, cells = answer["results"], answer["kind"], []
-    heading = f"{len(results)} of {answer['searched']:,} {kind}"
-    heading += ": no good match, these are the most similar" if answer["match"] is False else ""
-    for result in results:
-        decision, color = DECISIONS[result["match"]]
-        if kind == "captions":
-            numbers = f"{result['score']:.3f}", f"z {result['z_score']:+.1f}", decision
-            cells.append(table_row([*numbers, escape(printable_name(result["caption"]))], len(numbers)))
-        else:
-            name, source = escape(printable_name(result["file"])), image_source(result["file"])
-            image = f'<img src="{source}" alt="cannot be read" style="border-color: {color or "transparent"}">'
-            title = f"<figcaption>{escape(image_title(result))}</figcaption>"
-            cells.append(f'<figure tabindex="0" title="{name}">{image}{title}</figure>')
-    tag, style = ("table", "table") if kind == "captions" else ("div", "images")
-    return f'<h3>{heading}</h3><{tag} class="{style}">{"".join(cells)}</{tag}>'
-
-
-def labels_html(labels, probabilities):
-    """A table of labels with bars, the most probable first."""
-    rows = []
-    for probability, label in sorted(zip(probabilities, labels, strict=True), reverse=True):
-        bar = f'<div style="width: 16rem"><div class="bar" style="width: {100 * probability:.1f}%"></div></div>'
-        rows.append(table_row([f"{100 * probability:.1f}%", escape(label), bar], 1))
-    return f'<h3>Labels</h3><table class="table">{"".join(rows)}</table>'
-
-
-def table_row(cells, num_numbers):
-    """A row of a table, whose first cells are numbers."""
-    kinds = [' class="number"'] * num_numbers + [""] * (len(cells) - num_numbers)
-    return f"<tr>{''.join(f'<td{kind}>{cell}</td>' for kind, cell in zip(kinds, cells, strict=True))}</tr>"
 
 
 class Guard:
@@ -208,6 +153,7 @@ class Guard:
 def import_gradio(cache):
     """The package gradio, without telemetry, with the folder `cache` for uploads; raises InputError."""
     os.environ.update(ENVIRONMENT, GRADIO_TEMP_DIR=str(cache))  # read at import
+    os.environ.setdefault("NO_PROXY", ",".join(LOOPBACK))  # gradio asks its own server whether it runs
     try:
         import gradio
     except ImportError as error:
@@ -221,11 +167,11 @@ def build_page(gradio, page):
     with gradio.Blocks(title="Image search", analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
         with gradio.Tab("Sentence"), gradio.Row(equal_height=True):
             sentence = gradio.Textbox(label="What should the image show?", max_length=MAX_TEXT, autofocus=True, scale=5)
-            find = gradio.Button("Search", variant="primary", min_width=120)
+            find = gradio.Button("Search", variant="primary", scale=0, min_width=140)
         with gradio.Tab("Image"), gradio.Row(equal_height=True):
             file = gradio.File(label="Image file", height=130, scale=2)
             labels = gradio.Textbox(label="Labels, separated by commas (optional)", max_length=MAX_TEXT, scale=3)
-            describe = gradio.Button("Search", variant="primary", min_width=120)
+            describe = gradio.Button("Search", variant="primary", scale=0, min_width=140)
         count = gradio.Slider(1, maximum, min(maximum, 9), step=1, label="Number of images")
         found = gradio.HTML()
         gradio.on([sentence.submit, find.click], page.search_sentence, [sentence, count], found)

@@ -18,6 +18,7 @@ COMMANDS = {
     "main": [ROOT / "main.py"],
     "gan": [ROOT / "gan.py"],
     "inference": [ROOT / "inference.py"],
+    "app": ["-m", "extras.app"],
     "augment_captions": ["-m", "extras.augment_captions"],
 }
 HEAVY = {"torch", "pandas", "timm", "transformers", "albumentations", "cv2", "matplotlib", "PIL"}
