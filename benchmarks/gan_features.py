@@ -12,6 +12,7 @@ captions of the images left out, and captions that name a combination are the qu
 same weights and see the same real batches for the same number of steps:
 
     real          real pairs only
+    two_models    real pairs only; the mean similarity of two models
     gan           also features from the feature GAN
     shuffled      the same features, each with the caption of another image
     regression    also features predicted from the captions by a network without noise (mean squared error)
@@ -63,9 +64,10 @@ from utils.image_cache import EvaluationImages, open_images  # noqa: E402
 
 # fmt: off
 ARMS = (
-    "real", "gan", "shuffled", "regression", "nearest", "noise", "mixup", "duplicates", "images", "shuffled_images",
-    "blurred", "left_out",
+    "real", "two_models", "gan", "shuffled", "regression", "nearest", "noise", "mixup", "duplicates", "images",
+    "shuffled_images", "blurred", "left_out",
 )
+CLAIMED, CONTROLS = ("gan", "regression", "images"), ("real", "noise", "mixup", "duplicates", "nearest", "blurred")
 # fmt: on
 METRICS = ("text_to_image_R@1", "text_to_image_R@10", "image_to_text_R@10", "rsum")
 # The combinations left out: the eight pairs of these words that are named together by captions of 50 to 200 training
@@ -77,6 +79,7 @@ CONTEXTS = (
     "sand", "bench", "swing", "skateboard", "ramp", "hill", "wall", "fence", "building", "stick", "frisbee", "tree",
 )
 # fmt: on
+SECOND_MODEL = 10_000  # added to the seed of the second model of the arm two_models
 PLURALS = {"man": "men", "woman": "women", "child": "children"}
 
 
@@ -249,12 +252,18 @@ class Arms:
 
 
 @torch.no_grad()
-def evaluate(heads, seed, arm, data, validation):
-    """Recalls on the validation images; with combinations left out, those of the captions that name one."""
+def evaluate(models, seed, arm, data, validation):
+    """Recalls on the validation images; with combinations left out, those of the captions that name one.
+
+    models: a list of `Heads`, whose similarities are averaged.
+    """
 
     def embed(name, features):
-        parameters = {key: x[seed, arm] for (head, key), x in heads.parameters.items() if head == name}
-        return F.normalize(F.linear(features, **parameters), dim=-1)
+        found = []
+        for heads in models:
+            parameters = {key: x[seed, arm] for (head, key), x in heads.parameters.items() if head == name}
+            found.append(F.normalize(F.linear(features, **parameters), dim=-1))
+        return torch.cat(found, 1) / len(models) ** 0.5
 
     device = data.texts.device
     images, texts = (
@@ -312,6 +321,12 @@ def run_seeds(model, train, validation, options, config, seeds):
     if not missing:
         return results
     data, made = choose_data(train, options, seeds, model.device), SimpleNamespace()
+
+    def note(arm, models, number):
+        for i, seed in enumerate(seeds):
+            results[seed][arm] = evaluate(models, i, number, data, validation)
+            print(seed, arm, {name: round(value, 1) for name, value in results[seed][arm].items()}, flush=True)
+
     if {"gan", "shuffled"} & set(missing):
         made.generator = train_feature_gan(data, seeds)
     if {"regression", "noise"} & set(missing):
@@ -319,14 +334,18 @@ def run_seeds(model, train, validation, options, config, seeds):
     if options.gan_run:
         made.generated, made.blurred = image_gan_features(model, train, options, config)
         made.generated, made.blurred = made.generated.to(model.device), made.blurred.to(model.device)
-    added = [arm for arm in missing if arm != "real"]
-    for arms, draw in ((["real"], None), (added, Arms(added, data, made, options.ratio, seeds))):
-        if not set(arms) & set(missing):
-            continue
-        heads = train_heads(model, data, draw, len(arms), config, seeds, options.weight)
-        for (i, seed), (j, arm) in itertools.product(enumerate(seeds), enumerate(arms)):
-            results[seed][arm] = evaluate(heads, i, j, data, validation)
-            print(seed, arm, {name: round(value, 1) for name, value in results[seed][arm].items()}, flush=True)
+    added = [arm for arm in missing if arm not in ("real", "two_models")]
+    alone = [arm for arm in missing if arm not in added]
+    models = [train_heads(model, data, None, 1, config, seeds)] if alone else []
+    if "two_models" in alone:
+        models.append(train_heads(model, data, None, 1, config, [seed + SECOND_MODEL for seed in seeds]))
+    for arm in alone:
+        note(arm, models[: 1 + (arm == "two_models")], 0)
+    if added:
+        draw = Arms(added, data, made, options.ratio, seeds)
+        heads = train_heads(model, data, draw, len(added), config, seeds, options.weight)
+        for j, arm in enumerate(added):
+            note(arm, [heads], j)
     for seed in seeds:
         write_json(paths[seed], results[seed])
     return results
@@ -348,6 +367,29 @@ def compare(results, arms):
     return rows
 
 
+def against_controls(results, arms):
+    """Paired differences between the claimed arms and the controls, a row each, with 95% intervals.
+
+    p: of the paired t-test, corrected for the rows of the same metric (Holm 1979).
+    """
+    rows = []
+    for metric in ("text_to_image_R@10", "rsum", "left_out_R@10"):
+        found = []
+        for arm, control in itertools.product(CLAIMED, CONTROLS):
+            if {arm, control} <= set(arms) and metric in next(iter(results.values()))["real"]:
+                difference = np.array([run[arm][metric] - run[control][metric] for run in results.values()])
+                half = stats.t.ppf(0.975, len(difference) - 1) * stats.sem(difference)
+                row = {"metric": metric, "arm": arm, "control": control}
+                row["difference"] = f"{difference.mean():+.2f} ± {half:.2f}"
+                found.append((stats.ttest_1samp(difference, 0).pvalue, row))
+        found.sort(key=lambda each: each[0])
+        largest = 0.0
+        for rank, (p, row) in enumerate(found):
+            largest = max(largest, min(1.0, p * (len(found) - rank)))
+            rows.append({**row, "p": f"{largest:.2g}"})
+    return rows
+
+
 def parse_options(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--share", type=float, default=1.0, help="share of the training images")
@@ -365,7 +407,7 @@ def parse_options(argv):
     options.folder = options.folder or str(ROOT / "runs" / options.name)
     unused = set() if options.gan_run else {"images", "shuffled_images", "blurred"}
     unused |= {"left_out"} if options.share == 1 and not options.held_out else set()
-    options.arms = options.arms or [arm for arm in ARMS if arm not in unused]
+    options.arms = options.arms or [arm for arm in ARMS if arm not in {*unused, "two_models"}]
     if unused & set(options.arms):
         raise InputError(f"arms {', '.join(sorted(unused & set(options.arms)))} need --gan_run, or images left out")
     return options, flags
@@ -386,6 +428,9 @@ def main(argv=None):
     details = {"seeds": results, "settings": vars(options) | {"epochs": config.epochs, "batch_size": config.batch_size}}
     if options.held_out:
         details["combinations"] = [" ".join(pair) for pair in choose_combinations(train)]
+    if len(results) > 1:
+        print_table(rows := against_controls(results, options.arms), "claims")
+        details["against_controls"] = rows
     report(options.name, compare(results, options.arms), details)
 
 

@@ -143,7 +143,7 @@ def measure_waits(part):
         loop.train(2)
 
         def count(message, category, file, line, *_, found=found):
-            found[f"{Path(file).name}:{line}"] += "synchroniz" in str(message)
+            found[f"{Path(file).name}:{line}"] += "called a synchronizing" in str(message)
 
         with warnings.catch_warnings():
             warnings.simplefilter("always")

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, flags
+from scipy import stats
 from test_main import pretrained_config
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -95,7 +96,7 @@ def fast(monkeypatch):
 def test_every_arm_runs_and_finished_seeds_are_kept(frozen_config, tmp_path, fast, capsys):
     arms = [arm for arm in gan_features.ARMS if "images" not in arm and arm != "blurred"]
     argv = ["--share", "0.5", "--seeds", "3", "--at_once", "2", "--folder", str(tmp_path / "out")]
-    argv += flags(frozen_config(dropout=0.2))
+    argv += ["--arms", *arms, *flags(frozen_config(dropout=0.2))]
     gan_features.main(argv)
     found = [read_json(tmp_path / "out" / f"{seed}.json") for seed in (101, 102, 103)]
     assert all(list(results) == arms for results in found)
@@ -137,3 +138,25 @@ def test_images_with_different_numbers_of_captions_are_refused(frozen_config):
     train.caption_offsets = np.concatenate([train.caption_offsets[:1], [2], train.caption_offsets[2:]])
     with pytest.raises(InputError, match="2 to 8 captions"):
         gan_features.choose_data(train, options(), [1], torch.device("cpu"))
+
+
+def test_claims_are_corrected_for_their_number():
+    rng = np.random.default_rng(0)
+    results = {
+        seed: {
+            arm: {"text_to_image_R@10": 50 + gain + rng.normal(0, 0.5), "rsum": 300 + rng.normal()}
+            for arm, gain in {"real": 0, "noise": 1.0, "gan": 1.2}.items()
+        }
+        for seed in range(10)
+    }
+    rows = gan_features.against_controls(results, ["real", "noise", "gan"])
+    assert [(row["metric"], row["control"]) for row in rows[:2]] == [
+        ("text_to_image_R@10", c) for c in ("real", "noise")
+    ]
+    differences = [
+        [run["gan"]["text_to_image_R@10"] - run[c]["text_to_image_R@10"] for run in results.values()]
+        for c in ("real", "noise")
+    ]
+    p = [stats.ttest_1samp(each, 0).pvalue for each in differences]
+    assert float(rows[0]["p"]) == pytest.approx(2 * p[0], rel=0.05)  # the smaller of two
+    assert float(rows[1]["p"]) == pytest.approx(max(2 * p[0], p[1]), rel=0.05)
