@@ -33,6 +33,7 @@ from utils.captions import (
 from utils.device_augmentation import draw_augmentation
 from utils.image_cache import EvaluationImages, ImageStore, open_images, prepare_worker, resize_image
 from utils.image_files import check_files, find_images
+from utils.shards import find_shards
 from utils.splits import choose_splits, describe_splits, split_images
 
 # Captions that match mention left or right, so their images must not be flipped: English, German and Dutch, French,
@@ -128,7 +129,7 @@ def load_splits(config):
     folder = Path(config.image_path)
     if not folder.is_dir():
         raise InputError(f"image_path is {folder}, which is not a folder. {FLICKR8K_HELP}")
-    captions_file = find_captions_file(config.captions_path)
+    captions_file = find_captions_file(folder if find_shards(folder) else config.captions_path)
     frame = read_pairs(captions_file, folder)
     captions_by_name = captions_by_image(frame)
     splits, source = choose_splits(config, frame, list(captions_by_name), captions_file)

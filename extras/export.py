@@ -1,7 +1,8 @@
 """Export a trained run: `python -m extras.export --run runs/x --to DIR`.
 
 DIR gets both encoders with their projections as ONNX, the tokenizer, preprocessor_config.json, a model card (README.md)
-and example.py, which searches a folder with onnxruntime, tokenizers, Pillow and numpy alone.
+and example.py, which searches a folder with onnxruntime, tokenizers, Pillow and numpy alone; for a run with CLIP's
+architecture also transformers/, which `CLIPModel.from_pretrained` loads.
 """
 
 import argparse
@@ -45,7 +46,7 @@ def export(run, folder, license_name="other"):
     folder.mkdir(parents=True, exist_ok=True)
     try:
         export_encoders(model, folder)
-        difference = check_encoders(model, folder)
+        difference = max(check_encoders(model, folder), export_transformers(model, folder) or 0)
         if not difference <= MAX_DIFFERENCE:
             raise InputError(f"cosines of the exported model differ by {difference:.1e}: it cannot be exported")
         model.tokenizer.save_pretrained(folder)
@@ -135,8 +136,15 @@ def check_encoders(model, folder):
         found.append(torch.from_numpy(result))
     with torch.no_grad():
         expected = [model.encode_image(images), model.encode_text(*tokens)]
-    cosines = [a @ torch.cat(vectors).T for vectors in (found, expected) for a in [torch.cat(vectors)]]
+    cosines = [x @ x.T for x in (torch.cat(found), torch.cat(expected))]
     return (cosines[0] - cosines[1]).abs().max().item()
+
+
+def export_transformers(model, folder):
+    """Write transformers/ if the run has CLIP's architecture; the largest difference of a cosine, or None."""
+    from extras.export_clip import save_clip_model
+
+    return save_clip_model(model, folder / "transformers", *example_inputs(model, 5, seed=2))
 
 
 def write_preprocessor(model, folder):

@@ -32,6 +32,7 @@ from utils.files import atomic_write, check_regular
 from utils.hashing import content_hash, file_stat, model_hash
 from utils.image_files import image_suffixes
 from utils.runs import check_links
+from utils.shards import open_image
 
 VERSION = "3"  # of the file format
 TENSORS = ("names", "file_stats", "content_hashes", "vectors")
@@ -171,7 +172,8 @@ def index_images(run, gallery):
 
     def read(name):
         try:
-            return (gallery.root / name).read_bytes()
+            with open_image(gallery.root / name) as file:
+                return file.read()
         except OSError:  # no permission: reported by `embed`
             return os.fsencode(name)
 

@@ -97,7 +97,7 @@ def test_startup_output_is_a_short_block(tiny_config, no_plots, capsys):
     names = "test_resnet (from scratch) and distilbert-base-uncased (1 layer, width 64, from scratch)"
     assert block[-1].startswith(f"model: {names}, 0.")
     assert block[-1].endswith(" M parameters")
-    assert len(block) <= 12
+    assert len(block) <= 13  # long paths take more lines
     assert "test split, 10 images:" in printed
     assert f'python inference.py "a sentence" --run {config.run}' in printed
 

@@ -12,6 +12,7 @@ import pandas as pd
 
 from config import InputError
 from utils.formats import clean_text, read_lines, read_table
+from utils.shards import find_shards, read_shards
 
 # Usual names of captions files in a folder, the most specific first; compared in lower case.
 CAPTION_FILES = ("captions.txt", "captions.csv", "captions.tsv", "flickr8k.token.txt", "results*.token", "results.csv")
@@ -26,9 +27,9 @@ FLICKR8K_HELP = (
 
 
 def find_captions_file(path):
-    """The captions file at `path`, which may be the file itself or the folder that contains it."""
+    """The captions file at `path`, the file itself or the folder that contains it; a folder of shards is its own."""
     path = Path(path)
-    if os.path.isfile(path):
+    if os.path.isfile(path) or find_shards(path):
         return path
     visible = [file for file in sorted(path.glob("[!.]*")) if file.is_file()] if os.path.isdir(path) else []
     for pattern in CAPTION_FILES:
@@ -58,6 +59,8 @@ def read_pairs(path, image_path=None):
     Absolute image names inside the folder `image_path` become relative to it.
     """
     path = find_captions_file(path)
+    if path.is_dir():
+        return pairs_in_shards(path)
     frame = read_table(path)
     lines, attrs = frame.index.tolist(), {**frame.attrs, "notes": []}
     names = [name.strip() for name in frame["image"].tolist()]
@@ -87,6 +90,17 @@ def read_pairs(path, image_path=None):
         result["split"] = frame["split"].str.strip().str.lower().iloc[kept].tolist()
     result.attrs = attrs
     return result
+
+
+def pairs_in_shards(folder):
+    """Like `read_pairs`, for a folder of tar shards; the column `split` comes from their names."""
+    samples, incomplete = read_shards(folder)
+    cleaned = [(name, " ".join(clean_text(text).split()), split) for name, texts, split in samples for text in texts]
+    frame = pd.DataFrame([row for row in cleaned if row[1]], columns=["image", "caption", "split"])
+    frame = frame.fillna({"split": "train"}) if frame["split"].notna().any() else frame.drop(columns="split")
+    notes = [f"{incomplete} samples without an image or a caption are not used"] if incomplete else []
+    frame.attrs = {"format": "WebDataset shards", "notes": notes, "split_source": "names of the shards"}
+    return frame
 
 
 def check_name(path, line, name, image_path):

@@ -2,19 +2,19 @@
 
 import contextlib
 import hashlib
-import os
 
 from config import InputError
 from utils.files import read_json, write_json
 from utils.runs import model_folder
+from utils.shards import image_stat
 
 PREPROCESSING_VERSION = 2  # increased when preprocessing changes, which invalidates all embeddings
 
 
 def file_stat(file):
     """A file's size in bytes and its time of modification in nanoseconds."""
-    status = os.stat(file)
-    return status.st_size, (status.st_mtime_ns + 2**63) % 2**64 - 2**63  # int64, also for times after 2262
+    size, changed = image_stat(file)
+    return size, (changed + 2**63) % 2**64 - 2**63  # int64, also for times after 2262
 
 
 def content_hash(content):

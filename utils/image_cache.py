@@ -23,6 +23,7 @@ from utils.cli import one_line, progress_bar
 from utils.distributed import first_process_first, is_first_process
 from utils.files import atomic_write, check_regular
 from utils.image_files import printable_name, register_decoders
+from utils.shards import image_stat, open_image
 
 register_decoders()
 # For all processes: a loader process that is forked while OpenCV has threads hangs as soon as it changes their number.
@@ -39,9 +40,9 @@ MIN_SUSPECT = 25_000_000  # pixels, below which a damaged file does no harm
 def load_image(file, resolution):
     """An image file as an upright RGB PIL image, at least of `resolution` if the file is; InputError if unreadable."""
     try:
-        with Image.open(file) as image:
+        with open_image(file) as opened, Image.open(opened) as image:
             image.draft("RGB", (resolution, resolution))  # JPEG: decode at a reduced scale where possible
-            check_size(image, os.path.getsize(file))
+            check_size(image, image_stat(file)[0])
             return to_upright_rgb(image)
     except FileNotFoundError:
         raise InputError(f"image {printable_name(file)} is missing") from None
@@ -133,8 +134,8 @@ def build_image_cache(files, resolution, folder, num_workers=4, show_progress=Tr
 
 def file_digest(file):
     """16 bytes that change with the path, size or modification time of a file."""
-    stat = os.stat(file)
-    key = f"{DECODER_VERSION} {os.path.abspath(file)} {stat.st_size} {stat.st_mtime_ns}"
+    size, changed = image_stat(file)
+    key = f"{DECODER_VERSION} {os.path.abspath(file)} {size} {changed}"
     # NumPy strips trailing zero bytes from a byte string, hence the final non-zero byte.
     return hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=15).digest() + b"."
 

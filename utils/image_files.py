@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 from config import InputError
+from utils.shards import find_shards, image_exists
 
 # Formats that Pillow opens but that are documents, videos, or stubs without a decoder (EPS starts another program).
 NOT_IMAGES = {"BUFR", "EPS", "FPX", "GRIB", "HDF5", "MIC", "MPEG", "PDF", "WMF"}
@@ -50,7 +51,7 @@ def find_images(folder, names):
     the suffix, and may have folders that the file has not.
     """
     files = [Path(folder) / name for name in names]
-    if all(map(os.path.isfile, files)):  # False, not an error, for an invalid name
+    if find_shards(folder) or all(map(os.path.isfile, files)):  # False, not an error, for an invalid name
         return files
     bases = Counter(name.replace("\\", "/").rsplit("/", 1)[-1] for name in names)
     for row, (file, name) in enumerate(zip(files, names, strict=True)):
@@ -69,7 +70,7 @@ def find_images(folder, names):
 
 def check_files(files, where="image_path"):
     """Raise InputError if any image is missing; the message names the first and counts the others."""
-    missing = [file for file in files if not os.path.isfile(file)]  # False, not an error, for an invalid name
+    missing = [file for file in files if not image_exists(file)]  # False, not an error, for an invalid name
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         name = printable_name(missing[0])

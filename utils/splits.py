@@ -53,12 +53,13 @@ def choose_splits(config, frame, images, captions_file):
     if saved := read_split(config.run):
         unused = keep_split(saved, images, captions_file, config.run)
         return saved, "the run's split" + (f"; images not in it, which are not used: {unused}" if unused else "")
-    listed, folder = split_column(frame, captions_file), captions_file.parent
+    listed, folder = split_column(frame, captions_file), captions_file
+    folder = folder if folder.is_dir() else folder.parent  # shards are their own captions file
     splits = split_images(images, folder, config.seed, listed, captions_file)
     files = {} if listed else find_split_files(folder, captions_file)
     source = ", ".join(path.name for path in files.values()) or f"random split (seed {config.seed})"
     if listed:
-        source = f"column `split` of {captions_file.name}"
+        source = frame.attrs.get("split_source", f"column `split` of {captions_file.name}")
         if others := find_split_files(folder, captions_file):
             source += f" ({', '.join(path.name for path in others.values())} not used)"
     if hidden := sum(1 for _ in folder.glob("._*")):

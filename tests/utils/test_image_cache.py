@@ -281,6 +281,7 @@ def test_any_exception_of_a_decoder_names_the_image(tmp_path, monkeypatch, error
 def test_too_many_open_files_are_no_fault_of_the_image(tmp_path, monkeypatch):
     error = OSError(errno.EMFILE, "Too many open files")
     monkeypatch.setattr(Image, "open", lambda path: (_ for _ in ()).throw(error))
+    (tmp_path / "a.png").touch()
     with pytest.raises(OSError, match="Too many open files"):
         decode_image(tmp_path / "a.png", 20)
 
