@@ -18,7 +18,9 @@ from utils.flags import OneLineParser
 def parse_arguments(argv=None):
     """The checked command line; raises InputError."""
     parser = OneLineParser(
-        prog="python -m extras.write_shards", description=__doc__.splitlines()[0], allow_abbrev=False
+        prog="python -m extras.write_shards",
+        description="Write a data set as WebDataset tar shards.",
+        allow_abbrev=False,
     )
     parser.add_argument("--image_path", required=True, metavar="FOLDER", help="images")
     parser.add_argument("--captions_path", required=True, metavar="FILE", help="captions file, or its folder")

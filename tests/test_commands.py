@@ -20,7 +20,6 @@ COMMANDS = {
     "inference": [ROOT / "inference.py"],
     "app": ["-m", "extras.app"],
     "augment_captions": ["-m", "extras.augment_captions"],
-    "write_shards": ["-m", "extras.write_shards"],
 }
 HEAVY = {"torch", "pandas", "timm", "transformers", "albumentations", "cv2", "matplotlib", "PIL"}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import draw_image, flags
+from conftest import draw_image, flags, run_python
 
 import inference
 import main
@@ -128,3 +128,11 @@ def test_existing_shards_and_bad_numbers_are_refused(shards, sample, refused):
     paths = [word for name, path in sample.items() for word in (f"--{name}", path)]
     assert "contains shards" in refused(write_shards.main, [*paths, "--to", str(shards)])
     assert "per_shard is 0" in refused(write_shards.main, [*paths, "--to", "new", "--per_shard", "0"])
+
+
+def test_help_and_bad_flags_import_nothing_heavy():
+    for argv, status in ((["--help"], 0), (["--too", "x"], 2)):
+        finished = run_python("-X", "importtime", "-m", "extras.write_shards", *argv)
+        assert finished.returncode == status
+        loaded = {line.split("|")[-1].strip() for line in finished.stderr.splitlines()}
+        assert not {"torch", "PIL", "cv2", "dataset"} & loaded
