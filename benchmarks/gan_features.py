@@ -286,8 +286,11 @@ def evaluate(models, seed, arm, data, validation):
 # ---- the experiment ---------------------------------------------------------------------------------------------
 
 
-def image_gan_features(model, pairs, options, config):
-    """(T, F_i) features of one generated image per caption, and (N, F_i) of the real images at its resolution."""
+def image_gan_features(model, pairs, options, config, data):
+    """(T, F_i) features of one generated image per caption, and (N, F_i) of the real images at its resolution.
+
+    With combinations left out, all seeds generate for the same captions; those of the others stay zero.
+    """
     path = Path(options.folder) / "images.pt"
     if path.exists():
         return torch.load(path, map_location="cpu")
@@ -297,11 +300,11 @@ def image_gan_features(model, pairs, options, config):
     embeddings = embed_captions(conditioning, pairs.captions, desc="embedding captions")
     size = generator.architecture["size"]
     encode = fast_image_encoder(model, len(embeddings))
+    wanted = data.pool_captions[0] if options.held_out else torch.arange(len(embeddings), device=embeddings.device)
+    generated = torch.zeros(len(embeddings), data.images.shape[1])
     with torch.no_grad():
-        generated = torch.cat([
-            encode(gan.generate(generator, part, random, config.size))
-            for part in progress_bar(embeddings.split(16), desc="generated images", unit="batch")
-        ])  # fmt: skip
+        for part in progress_bar(wanted.split(16), desc="generated images", unit="batch"):
+            generated[part.cpu()] = encode(gan.generate(generator, embeddings[part], random, config.size)).cpu()
         images = EvaluationImages(pairs.images, range(len(pairs.files)), config.size)
 
         def blur(batch):
@@ -332,7 +335,7 @@ def run_seeds(model, train, validation, options, config, seeds):
     if {"regression", "noise"} & set(missing):
         made.regression = train_regression(data, seeds)
     if options.gan_run:
-        made.generated, made.blurred = image_gan_features(model, train, options, config)
+        made.generated, made.blurred = image_gan_features(model, train, options, config, data)
         made.generated, made.blurred = made.generated.to(model.device), made.blurred.to(model.device)
     added = [arm for arm in missing if arm not in ("real", "two_models")]
     alone = [arm for arm in missing if arm not in added]
