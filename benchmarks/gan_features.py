@@ -45,6 +45,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from common import ROOT, print_table, report  # noqa: E402
+from gan_evaluate import caption_ranks, kernel_distance, nearest_distance  # noqa: E402
 from scipy import stats  # noqa: E402
 from stacked import Draws, Standardised, train_feature_gan, train_heads, train_regression  # noqa: E402
 
@@ -316,6 +317,41 @@ def image_gan_features(model, pairs, options, config, data):
     return generated, blurred
 
 
+@torch.no_grad()
+def image_quality(options, config, model, train, validation):
+    """Table rows about generated images, judged by the features of the frozen encoder and the heads of another run.
+
+    The generated images of the captions that are used, and the real images of those captions at the resolution of the
+    GAN and as they are: the rank of the own caption among 100, the kernel distance to validation images, and how often
+    an image is closer to its nearest training image than a validation image is to its own (50%: as close).
+    """
+    data, judge = choose_data(train, options, [options.first_seed], model.device), gan.load_model(options.judge)
+    judge, rng = judge.to(model.device), np.random.default_rng(0)
+    generated, blurred = (x.to(model.device) for x in image_gan_features(model, train, options, config, data))
+    captions = data.pool_captions[0, :: max(1, data.pool_captions.shape[1] // 1000)]
+    texts, images = judge.project_text(data.texts[captions]), data.image_index[captions]
+    others = validation.image_features.to(model.device)
+    training = F.normalize(data.images[data.real_images[0]], dim=1)
+    usual = nearest_distance(F.normalize(others, dim=1), training)
+    rows = []
+    for name, features in (
+        ("generated", generated[captions]),
+        ("real, at the GAN's resolution", blurred[images]),
+        ("real", data.images[images]),
+        ("validation images, one half and the other", others[::2]),
+    ):
+        row = {"images": name}
+        if name in ("generated", "real", "real, at the GAN's resolution"):
+            ranks = caption_ranks(judge.project_image(features), texts, rng)
+            row |= {"first of 100": f"{100 * (ranks == 1).mean():.1f}", "top 10": f"{100 * (ranks <= 10).mean():.1f}"}
+            distances = nearest_distance(F.normalize(features, dim=1), training)
+            row["closer to training images"] = f"{100 * (distances[:, None] < usual).mean():.1f}"
+        reference = others[1::2] if name.startswith("validation") else others
+        mean, deviation = kernel_distance(features.cpu().numpy(), reference.cpu().numpy(), rng)
+        rows.append({**row, "kernel distance x 1000": f"{mean:.1f} ± {deviation:.1f}"})
+    return [{**dict.fromkeys(rows[0], ""), **row} for row in rows]
+
+
 def run_seeds(model, train, validation, options, config, seeds):
     """{seed: {arm: metrics}} of seeds that are trained at once, kept in the folder."""
     paths = {seed: Path(options.folder) / f"{seed}.json" for seed in seeds}
@@ -398,6 +434,7 @@ def parse_options(argv):
     parser.add_argument("--share", type=float, default=1.0, help="share of the training images")
     parser.add_argument("--held_out", action="store_true", help="leave out images of combinations")
     parser.add_argument("--gan_run", default="", help="run with an image GAN, for the arms images and blurred")
+    parser.add_argument("--judge", default="", help="frozen run of another seed that judges the images of --gan_run")
     parser.add_argument("--arms", nargs="+", choices=ARMS, help="default: all that apply")
     parser.add_argument("--first_seed", type=int, default=101)
     parser.add_argument("--seeds", type=int, default=20, help="number of seeds")
@@ -434,7 +471,10 @@ def main(argv=None):
     if len(results) > 1:
         print_table(rows := against_controls(results, options.arms), "claims")
         details["against_controls"] = rows
-    report(options.name, compare(results, options.arms), details)
+    if options.judge:
+        details["images"] = image_quality(options, config, model, train, validation)
+        print_table(details["images"], "images")
+    report(options.name + "-images" * bool(options.gan_run), compare(results, options.arms), details)
 
 
 if __name__ == "__main__":

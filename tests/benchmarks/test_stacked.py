@@ -18,7 +18,7 @@ import stacked
 from common import build_state
 
 import main
-from clip import contrastive_loss
+from clip import contrastive_loss, save_model
 from config import InputError
 from utils.cli import StopRequest
 from utils.files import read_json
@@ -160,3 +160,19 @@ def test_claims_are_corrected_for_their_number():
     p = [stats.ttest_1samp(each, 0).pvalue for each in differences]
     assert float(rows[0]["p"]) == pytest.approx(2 * p[0], rel=0.05)  # the smaller of two
     assert float(rows[1]["p"]) == pytest.approx(max(2 * p[0], p[1]), rel=0.05)
+
+
+def test_image_quality_of_real_and_of_foreign_features(frozen_config, tmp_path, monkeypatch):
+    config = frozen_config()
+    model, train, validation = gan_features.load(config)
+    save_model(model, tmp_path / "judge" / "best")
+    chosen = options("--share", "0.5", "--gan_run", "x", "--judge", str(tmp_path / "judge"))
+    real = train.image_features[train.image_index]
+    monkeypatch.setattr(gan_features, "image_gan_features", lambda *_: (real, train.image_features))
+    rows = gan_features.image_quality(chosen, config, model, train, validation)
+    assert [row["images"] for row in rows] == ["generated", "real, at the GAN's resolution", "real", rows[-1]["images"]]
+    assert rows[0]["top 10"] == rows[1]["top 10"] == rows[2]["top 10"]
+    distance = [float(row["kernel distance x 1000"].split()[0]) for row in rows]
+    monkeypatch.setattr(gan_features, "image_gan_features", lambda *_: (5 + 3 * real, train.image_features))
+    worse = gan_features.image_quality(chosen, config, model, train, validation)
+    assert float(worse[0]["kernel distance x 1000"].split()[0]) > 10 * abs(distance[0]) + 10
