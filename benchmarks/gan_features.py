@@ -433,6 +433,7 @@ def parse_options(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--share", type=float, default=1.0, help="share of the training images")
     parser.add_argument("--held_out", action="store_true", help="leave out images of combinations")
+    parser.add_argument("--write_split", help="only write the names of the images not left out to this file")
     parser.add_argument("--gan_run", default="", help="run with an image GAN, for the arms images and blurred")
     parser.add_argument("--judge", default="", help="frozen run of another seed that judges the images of --gan_run")
     parser.add_argument("--arms", nargs="+", choices=ARMS, help="default: all that apply")
@@ -457,6 +458,12 @@ def main(argv=None):
     options, flags = parse_options(argv)
     given, _ = parse_flags(flags)
     config = build_config({**PRESETS["frozen"], "num_workers": 0, **given, "run": options.folder})
+    if options.write_split:
+        train = clip_training.load_data(config)["train"]
+        left_out, _ = leave_out_combinations(train, choose_combinations(train))
+        names = [f"{name}\n" for name, out in zip(train.names, left_out, strict=True) if not out]
+        Path(options.write_split).write_text("".join(names), encoding="utf-8")
+        return
     Path(options.folder).mkdir(parents=True, exist_ok=True)
     model, train, validation = load(config)
     results = {}
