@@ -319,17 +319,17 @@ def image_gan_features(model, pairs, options, config, data):
 
 @torch.no_grad()
 def image_quality(options, config, model, train, validation):
-    """Table rows about generated images, judged by the features of the frozen encoder and the heads of another run.
+    """Table rows about generated images, evaluated with the features of the frozen encoder and the heads of another run.
 
     The generated images of the captions that are used, and the real images of those captions at the resolution of the
     GAN and as they are: the rank of the own caption among 100, the kernel distance to validation images, and how often
     an image is closer to its nearest training image than a validation image is to its own (50%: as close).
     """
-    data, judge = choose_data(train, options, [options.first_seed], model.device), gan.load_model(options.judge)
-    judge, rng = judge.to(model.device), np.random.default_rng(0)
+    data, evaluator = choose_data(train, options, [options.first_seed], model.device), gan.load_model(options.evaluator)
+    evaluator, rng = evaluator.to(model.device), np.random.default_rng(0)
     generated, blurred = (x.to(model.device) for x in image_gan_features(model, train, options, config, data))
     captions = data.pool_captions[0, :: max(1, data.pool_captions.shape[1] // 1000)]
-    texts, images = judge.project_text(data.texts[captions]), data.image_index[captions]
+    texts, images = evaluator.project_text(data.texts[captions]), data.image_index[captions]
     others = validation.image_features.to(model.device)
     training = F.normalize(data.images[data.real_images[0]], dim=1)
     usual = nearest_distance(F.normalize(others, dim=1), training)
@@ -342,7 +342,7 @@ def image_quality(options, config, model, train, validation):
     ):
         row = {"images": name}
         if name in ("generated", "real", "real, at the GAN's resolution"):
-            ranks = caption_ranks(judge.project_image(features), texts, rng)
+            ranks = caption_ranks(evaluator.project_image(features), texts, rng)
             row |= {"first of 100": f"{100 * (ranks == 1).mean():.1f}", "top 10": f"{100 * (ranks <= 10).mean():.1f}"}
             distances = nearest_distance(F.normalize(features, dim=1), training)
             row["closer to training images"] = f"{100 * (distances[:, None] < usual).mean():.1f}"
@@ -435,7 +435,9 @@ def parse_options(argv):
     parser.add_argument("--held_out", action="store_true", help="leave out images of combinations")
     parser.add_argument("--write_split", help="only write the names of the images not left out to this file")
     parser.add_argument("--gan_run", default="", help="run with an image GAN, for the arms images and blurred")
-    parser.add_argument("--judge", default="", help="frozen run of another seed that judges the images of --gan_run")
+    parser.add_argument(
+        "--evaluator", default="", help="frozen run of another seed that evaluates the images of --gan_run"
+    )
     parser.add_argument("--arms", nargs="+", choices=ARMS, help="default: all that apply")
     parser.add_argument("--first_seed", type=int, default=101)
     parser.add_argument("--seeds", type=int, default=20, help="number of seeds")
@@ -478,7 +480,7 @@ def main(argv=None):
     if len(results) > 1:
         print_table(rows := against_controls(results, options.arms), "claims")
         details["against_controls"] = rows
-    if options.judge:
+    if options.evaluator:
         details["images"] = image_quality(options, config, model, train, validation)
         print_table(details["images"], "images")
     report(options.name + "-images" * bool(options.gan_run), compare(results, options.arms), details)

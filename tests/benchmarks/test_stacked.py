@@ -165,8 +165,8 @@ def test_claims_are_corrected_for_their_number():
 def test_image_quality_of_real_and_of_foreign_features(frozen_config, tmp_path, monkeypatch):
     config = frozen_config()
     model, train, validation = gan_features.load(config)
-    save_model(model, tmp_path / "judge" / "best")
-    chosen = options("--share", "0.5", "--gan_run", "x", "--judge", str(tmp_path / "judge"))
+    save_model(model, tmp_path / "evaluator" / "best")
+    chosen = options("--share", "0.5", "--gan_run", "x", "--evaluator", str(tmp_path / "evaluator"))
     real = train.image_features[train.image_index]
     monkeypatch.setattr(gan_features, "image_gan_features", lambda *_: (real, train.image_features))
     rows = gan_features.image_quality(chosen, config, model, train, validation)
