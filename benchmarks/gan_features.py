@@ -319,7 +319,7 @@ def image_gan_features(model, pairs, options, config, data):
 
 @torch.no_grad()
 def image_quality(options, config, model, train, validation):
-    """Table rows about generated images, evaluated with the features of the frozen encoder and the heads of another run.
+    """Table rows about generated images, evaluated with features of the frozen encoder and the heads of another run.
 
     The generated images of the captions that are used, and the real images of those captions at the resolution of the
     GAN and as they are: the rank of the own caption among 100, the kernel distance to validation images, and how often
