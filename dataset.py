@@ -17,7 +17,6 @@ import albumentations as A
 import cv2
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from config import InputError
@@ -35,6 +34,7 @@ from utils.image_cache import EvaluationImages, ImageStore, open_images, prepare
 from utils.image_files import check_files, find_images
 from utils.shards import find_shards
 from utils.splits import choose_splits, describe_splits, split_images
+from utils.tokens import TokenStore, encode_captions, pad_tokens
 
 # Captions that match mention left or right, so their images must not be flipped: English, German and Dutch, French,
 # Spanish and Portuguese, Italian, Scandinavian languages, Polish, Russian, Chinese and Japanese, Korean.
@@ -171,48 +171,6 @@ class TrainTransform:
         return pipeline(image=image)["image"]
 
 
-# ---- text -------------------------------------------------------------------------------------------------------
-
-
-class TokenStore:
-    """Tokenised captions: all ids in one int32 array, caption j at offsets[j] .. offsets[j + 1] - 1."""
-
-    def __init__(self, tokenizer, captions, max_length):
-        lengths, parts = [0], [np.zeros(0, dtype=np.int32)]
-        for start in range(0, len(captions), 10_000):
-            lists = encode_captions(tokenizer, captions[start : start + 10_000], max_length)
-            lengths += map(len, lists)
-            parts.append(np.fromiter((i for ids in lists for i in ids), dtype=np.int32))
-        self.offsets, self.ids = np.cumsum(lengths, dtype=np.int64), np.concatenate(parts)
-
-    def __len__(self):
-        return len(self.offsets) - 1
-
-    def __getitem__(self, caption):
-        return self.ids[self.offsets[caption] : self.offsets[caption + 1]]
-
-
-def encode_captions(tokenizer, captions, max_length):
-    """The token ids of each caption, as `tokenizer(...)` gives them; twice as fast where it allows."""
-    if not getattr(tokenizer, "is_fast", False) or tokenizer.truncation_side != "right":
-        return tokenizer(captions, truncation=True, max_length=max_length)["input_ids"]
-    backend = tokenizer.backend_tokenizer
-    backend.no_padding()
-    backend.enable_truncation(max_length)
-    return [encoding.ids for encoding in backend.encode_batch_fast(captions)]
-
-
-def pad_tokens(token_arrays, pad_id):
-    """input_ids and attention_mask, (T, L) int64, padded on the right to the longest of the T captions.
-
-    Same result as the tokenizer's own `pad`, but five times as fast.
-    """
-    arrays = [torch.from_numpy(ids) for ids in token_arrays]
-    input_ids = pad_sequence(arrays, batch_first=True, padding_value=pad_id).long()
-    lengths = torch.tensor([len(ids) for ids in arrays])
-    return input_ids, (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
-
-
 # ---- batches ----------------------------------------------------------------------------------------------------
 
 
@@ -298,17 +256,21 @@ class PairSampler:
     def batches(self):
         """Yield this process's batches from `start` on, each a list of micro-batches (lists of keys)."""
         k, rng = self.config.captions_per_image, np.random.default_rng([self.config.seed, self.epoch])
-        offsets = self.pairs.caption_offsets
-        captions = [rng.permuted(np.arange(a, b)) for a, b in zip(offsets, offsets[1:], strict=False)]
-        groups = []
-        shown = np.zeros(len(captions), dtype=np.int64)
-        for image in self.image_order(rng).tolist():
-            group = captions[image][shown[image] : shown[image] + k]
-            shown[image] += k
-            groups.append((self.epoch, image, tuple(group.tolist())))
+        offsets, counts = self.pairs.caption_offsets, np.diff(self.pairs.caption_offsets)
+        captions = np.arange(offsets[-1])
+        for images in np.split(np.arange(len(counts)), np.flatnonzero(np.diff(counts)) + 1):  # with as many captions
+            own = captions[offsets[images[0]] : offsets[images[-1] + 1]].reshape(len(images), -1)
+            rng.permuted(own, axis=1, out=own)
+        order = self.image_order(rng)
+        by_image, shown = np.argsort(order, kind="stable"), np.empty_like(order)
+        first = np.cumsum(self.groups_per_image) - self.groups_per_image
+        shown[by_image] = np.arange(len(order)) - first[order[by_image]]  # earlier groups of the same image
+        starts = offsets[order] + k * shown
+        groups = np.stack([order, starts, np.minimum(starts + k, offsets[order + 1])], 1)  # (total, 3)
         for batch in split_evenly(groups, self.num_batches)[self.start :]:
-            own = batch[self.rank :: self.world_size]
-            yield split_evenly(own, self.num_micro_batches(len(own)))
+            own = batch[self.rank :: self.world_size].tolist()
+            keys = [(self.epoch, image, tuple(captions[a:b].tolist())) for image, a, b in own]
+            yield split_evenly(keys, self.num_micro_batches(len(keys)))
 
     def num_micro_batches(self, count):
         size = self.config.micro_batch_size or self.config.batch_size

@@ -328,6 +328,22 @@ def test_pair_sampler_shows_every_pair_once(seed, k):
     assert Counter(image for _, image, _ in keys) == {image: -(-count // k) for image, count in enumerate(counts)}
 
 
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("k", [1, 3])
+def test_pair_sampler_equals_one_that_shuffles_image_by_image(seed, k):
+    counts, batch_size = ragged(seed)
+    pairs, config = pairs_with(counts), sampler_settings(batch_size, k)
+    sampler, rng = PairSampler(pairs, config), np.random.default_rng([config.seed, 0])
+    captions = [
+        rng.permuted(np.arange(*pairs.caption_offsets[image : image + 2])).tolist() for image in range(len(counts))
+    ]
+    expected = []
+    for image in sampler.image_order(rng).tolist():
+        expected.append((0, image, tuple(captions[image][:k])))
+        captions[image] = captions[image][k:]
+    assert [key for batch in batches_of(sampler) for key in batch] == expected
+
+
 @pytest.mark.parametrize("seed", range(30))
 @pytest.mark.parametrize("micro", [0, 1, 2, 5])
 def test_pair_sampler_batches_and_micro_batches_have_even_sizes(seed, micro):

@@ -64,7 +64,8 @@ def read_pairs(path, image_path=None):
     frame = read_table(path)
     lines, attrs = frame.index.tolist(), {**frame.attrs, "notes": []}
     names = [name.strip() for name in frame["image"].tolist()]
-    captions = [" ".join(clean_text(caption).split()) for caption in frame["caption"].tolist()]
+    cells = frame["caption"].tolist()  # an unchanged caption stays the same string, which saves memory
+    captions = [cell if (text := " ".join(clean_text(cell).split())) == cell else text for cell in cells]
     relative = {}
     for line, name in zip(lines, names, strict=True):
         if name not in relative:
@@ -176,8 +177,10 @@ def train_tokenizer(captions, vocab_size=30_000):
     # Accents, vowel signs and tones distinguish words; NFC, so that two spellings of a letter are one.
     parts = [normalizers.NFC(), normalizers.BertNormalizer(lowercase=True, strip_accents=False)]
     normalizer, splitter = normalizers.Sequence(parts), pre_tokenizers.BertPreTokenizer()
-    texts = map(normalizer.normalize_str, captions)
-    words = Counter(word for text in texts for word, _ in splitter.pre_tokenize_str(text))
+    words = Counter()
+    for text, count in Counter(part for caption in captions for part in caption.split(" ")).items():
+        for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)):
+            words[word] += count
     characters = sorted({character for word in words for character in word})
     frequent = [word for word, count in sorted(words.items(), key=lambda item: (-item[1], item[0])) if count > 1]
     # The trainer of the tokenizers library breaks ties at random; here the order is deterministic.

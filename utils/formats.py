@@ -207,7 +207,7 @@ def parse_table(path, text, delimiter, quoting=csv.QUOTE_MINIMAL):
     leading = len(text) - len(text.lstrip("\n "))
     blank = text.count("\n", 0, leading)
     try:
-        table = pd.read_csv(io.StringIO(text[leading:]), sep=delimiter, quoting=quoting, **options)
+        table = pd.read_csv(io.BytesIO(text[leading:].encode()), sep=delimiter, quoting=quoting, **options)
     except (pd.errors.ParserError, pd.errors.EmptyDataError, ValueError) as error:
         raise InputError(f"{path}{table_error(error, blank)}") from None
     table = table.fillna("").iloc[1:]
