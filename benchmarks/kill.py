@@ -177,7 +177,7 @@ def check_variant(name, work, kills, full_disk, rng):
     expected = contents(undisturbed)
     row = {"variant": name, "kills": 0, "full disks": 0, "files": len(expected), "differences": 0}
 
-    def judge(what, folder, failure):
+    def compare(what, folder, failure):
         nonlocal failures
         different = differences(folder, expected)
         if failure or different:
@@ -189,13 +189,13 @@ def check_variant(name, work, kills, full_disk, rng):
         folder = new_folder(work / slug / f"kills-{number}")
         done, failure = disturb(settings, folder, min(5, kills - row["kills"]), rng, seconds, writes)
         row["kills"] += done
-        judge(f"after {done} kills", folder, failure)
+        compare(f"after {done} kills", folder, failure)
         number += 1
     for k in range(1, writes + 1) if full_disk else []:
         folder = new_folder(work / slug / f"full-{k}")
         status, output, *_ = train(command(settings, folder), folder, lambda: fill_disk(k))  # noqa: B023
         failure = "" if status == 2 and output.count("error: ") == 1 and "Traceback" not in output else output
-        judge(f"disk full at file {k}", folder, failure or finish(settings, folder))
+        compare(f"disk full at file {k}", folder, failure or finish(settings, folder))
         row["full disks"] += 1
     return row
 

@@ -144,10 +144,14 @@ def export_transformers(model, folder):
     """Write transformers/ if the run has CLIP's architecture; the largest difference of a cosine, or None."""
     from extras.export_clip import save_clip_model
 
-    return save_clip_model(model, folder / "transformers", *example_inputs(model, 5, seed=2))
+    difference = save_clip_model(model, folder / "transformers", *example_inputs(model, 5, seed=2))
+    if difference is not None:
+        mean, std = (x.flatten().tolist() for x in (model.image_encoder.mean, model.image_encoder.std))
+        write_preprocessor(model, folder / "transformers", do_normalize=True, image_mean=mean, image_std=std)
+    return difference
 
 
-def write_preprocessor(model, folder):
+def write_preprocessor(model, folder, **changes):
     """preprocessor_config.json in the layout of transformers; the ONNX model subtracts mean and std itself."""
     content = {
         "image_processor_type": "CLIPImageProcessor",
@@ -161,6 +165,7 @@ def write_preprocessor(model, folder):
         "do_normalize": False,
         "max_length": model.max_length,
         "pad_token_id": model.tokenizer.pad_token_id,
+        **changes,
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 

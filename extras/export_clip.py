@@ -1,7 +1,6 @@
 """A run with CLIP's architecture as a `CLIPModel` of transformers; see extras/export.py."""
 
 import copy
-import json
 
 import torch
 import transformers
@@ -85,7 +84,7 @@ def clip_model(model):
 
 @torch.no_grad()
 def save_clip_model(model, folder, images, tokens):
-    """Write a folder for `CLIPModel.from_pretrained`, `CLIPImageProcessor` and `AutoTokenizer`.
+    """Write a folder for `CLIPModel.from_pretrained` and `AutoTokenizer`.
 
     Returns the largest difference of a cosine between the model as loaded from there and `model`, for images (B, 3, S,
     S) in [0, 1] and tokens, ids and mask (T, L). None, and nothing is written, without CLIP's architecture.
@@ -97,12 +96,6 @@ def save_clip_model(model, folder, images, tokens):
     tokenizer = copy.deepcopy(model.tokenizer)
     tokenizer.model_max_length = model.max_length
     tokenizer.save_pretrained(folder)
-    mean, std = (x.flatten().tolist() for x in (model.image_encoder.mean, model.image_encoder.std))
-    size = {"height": model.config.size, "width": model.config.size}
-    content = {"image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True, "do_resize": True, "size": size}
-    content |= {"resample": 3, "do_center_crop": False, "do_rescale": True, "rescale_factor": 1 / 255}
-    content |= {"do_normalize": True, "image_mean": mean, "image_std": std}
-    (folder / "preprocessor_config.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     loaded = transformers.CLIPModel.from_pretrained(folder).eval()
     pixels = (images - model.image_encoder.mean) / model.image_encoder.std
     result = loaded(pixel_values=pixels, input_ids=tokens[0], attention_mask=tokens[1])

@@ -13,6 +13,7 @@ from config import InputError, build_config
 from utils.cli import exit_on_input_error, progress_bar, sigterm_as_interrupt
 from utils.files import atomic_write
 from utils.flags import OneLineParser
+from utils.shards import IMAGE_SUFFIXES
 
 
 def parse_arguments(argv=None):
@@ -64,6 +65,8 @@ def write_sample(tar, pairs, image):
         raise InputError(f"image {pairs.files[image]} cannot be read ({error.strerror})") from None
     description = json.dumps({"name": pairs.names[image], "captions": captions}, ensure_ascii=False)
     suffix = Path(pairs.files[image]).suffix.lower()
+    if suffix[1:] not in IMAGE_SUFFIXES:
+        raise InputError(f"image {pairs.files[image]} cannot be in a shard: use one of {', '.join(IMAGE_SUFFIXES)}")
     parts = {suffix: content, ".txt": captions[0].encode(), ".json": description.encode()}
     for suffix, data in parts.items():
         member = tarfile.TarInfo(f"{image:09d}{suffix}")

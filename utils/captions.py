@@ -27,9 +27,9 @@ FLICKR8K_HELP = (
 
 
 def find_captions_file(path):
-    """The captions file at `path`, the file itself or the folder that contains it; a folder of shards is its own."""
+    """The captions file at `path`, the file itself or the folder that contains it; shards without one are their own."""
     path = Path(path)
-    if os.path.isfile(path) or find_shards(path):
+    if os.path.isfile(path):
         return path
     visible = [file for file in sorted(path.glob("[!.]*")) if file.is_file()] if os.path.isdir(path) else []
     for pattern in CAPTION_FILES:
@@ -40,6 +40,8 @@ def find_captions_file(path):
             )
         if found:
             return found[0]
+    if find_shards(path):
+        return path
     problem = f"a folder without {', '.join(CAPTION_FILES[:4])}, ..." if visible else "which does not exist"
     problem = "a folder without captions.txt" if not visible and os.path.isdir(path) else problem
     raise InputError(f"captions_path is {path}, {problem}. {FLICKR8K_HELP}")

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 from config import InputError
-from utils.shards import find_shards, image_exists
+from utils.shards import image_exists
 
 # Formats that Pillow opens but that are documents, videos, or stubs without a decoder (EPS starts another program).
 NOT_IMAGES = {"BUFR", "EPS", "FPX", "GRIB", "HDF5", "MIC", "MPEG", "PDF", "WMF"}
@@ -51,7 +51,7 @@ def find_images(folder, names):
     the suffix, and may have folders that the file has not.
     """
     files = [Path(folder) / name for name in names]
-    if find_shards(folder) or all(map(os.path.isfile, files)):  # False, not an error, for an invalid name
+    if all(map(image_exists, files)):  # False, not an error, for an invalid name
         return files
     bases = Counter(name.replace("\\", "/").rsplit("/", 1)[-1] for name in names)
     for row, (file, name) in enumerate(zip(files, names, strict=True)):

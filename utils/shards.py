@@ -5,6 +5,7 @@ A sample is an image (`key.jpg`, ...) and its caption with the same key (`key.tx
 position: shuffling, resuming, validation and search work as with files.
 """
 
+import contextlib
 import functools
 import io
 import json
@@ -15,14 +16,27 @@ from pathlib import Path
 
 from config import InputError
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "heic")
 MAX_CAPTION_BYTES = 10**6
 SPLIT_PREFIX = re.compile(r"(train|val|validation|dev|test)(?![a-z])")  # of a shard's name
 
 
 def find_shards(folder):
-    """The .tar files of a folder, sorted; hidden ones (macOS writes `._name` beside `name`) are none."""
-    return sorted(path for path in Path(folder).glob("[!.]*.tar") if path.is_file())
+    """The .tar files of a folder of shards, sorted; hidden ones (macOS writes `._name` beside `name`) are none.
+
+    None if the folder has images or folders, too: there a .tar is the archive that they came from.
+    """
+    found = []
+    with os.scandir(folder) if os.path.isdir(folder) else contextlib.nullcontext([]) as entries:
+        for entry in entries:
+            suffix = entry.name.rpartition(".")[2].lower()
+            if entry.name.startswith("."):
+                continue
+            if suffix in IMAGE_SUFFIXES or entry.is_dir():
+                return []
+            if suffix == "tar":
+                found.append(Path(entry.path))
+    return sorted(found)
 
 
 def read_shards(folder):

@@ -47,13 +47,12 @@ def test_export_equals_the_model_it_was_loaded_from(clip_run, activation, tmp_pa
 
 def test_tokenizer_and_image_processor_are_loaded_with_it(clip_run, tmp_path):
     _, model = clip_run()
-    images, tokens = export.example_inputs(model, 2)
-    export_clip.save_clip_model(model, tmp_path / "out", images, tokens)
+    assert export.export_transformers(model, tmp_path) < 1e-5
     loaded, tokenizer = (
-        CLIPModel.from_pretrained(tmp_path / "out").eval(),
-        AutoTokenizer.from_pretrained(tmp_path / "out"),
+        CLIPModel.from_pretrained(tmp_path / "transformers").eval(),
+        AutoTokenizer.from_pretrained(tmp_path / "transformers"),
     )
-    processor = CLIPImageProcessor.from_pretrained(tmp_path / "out")
+    processor = CLIPImageProcessor.from_pretrained(tmp_path / "transformers")
     pixels = torch.randint(256, (32, 32, 3), dtype=torch.uint8)
     inputs = tokenizer([*CAPTIONS, CAPTIONS[0] * 5], truncation=True, padding=True, return_tensors="pt")
     with torch.no_grad():

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -58,17 +59,17 @@ def test_shards_hold_the_same_data(shards, sample, tiny_config):
 
 
 def test_training_and_search_equal_those_with_files(shards, tiny_config, no_plots, capsys):
-    for name, path in (("files", tiny_config().image_path), ("shards", str(shards))):
+    for name, path in (("files", tiny_config().image_path), ("sharded", str(shards))):
         main.main(flags(tiny_config(image_path=path, run=name, epochs=2)))
-    first, second = (torch.load(Path(name) / "last.pt", weights_only=True)["model"] for name in ("files", "shards"))
+    first, second = (torch.load(Path(name) / "last.pt", weights_only=True)["model"] for name in ("files", "sharded"))
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert "names of the shards\ncaptions: shards, WebDataset shards" in capsys.readouterr().out
-    main.main(["--resume", "--run", "shards", "--epochs", "3"])
+    main.main(["--resume", "--run", "sharded", "--epochs", "3"])
     results = {}
-    for name in ("files", "shards"):
+    for name in ("files", "sharded"):
         inference.main(["a red circle", "--run", name, "--output", "none"])
         results[name] = [line.split("\t")[0] for line in capsys.readouterr().out.splitlines() if "\t" in line]
-    assert len(results["files"]) == len(results["shards"]) > 0
+    assert len(results["files"]) == len(results["sharded"]) > 0
 
 
 @pytest.mark.parametrize("cached", [True, False])
@@ -136,3 +137,22 @@ def test_help_and_bad_flags_import_nothing_heavy():
         assert finished.returncode == status
         loaded = {line.split("|")[-1].strip() for line in finished.stderr.splitlines()}
         assert not {"torch", "PIL", "cv2", "dataset"} & loaded
+
+
+def test_archive_beside_images_or_captions_is_no_shard(sample, tmp_path, tiny_config, jpeg):
+    data = tmp_path / "data"
+    shutil.copytree(Path(sample["captions_path"]).parent, data)
+    for folder in (data / "Images", data):
+        write_tar(folder / "flickr8k.tar", {"0.jpg": jpeg(0), "0.txt": b"A dog ."})
+    splits = load_splits(tiny_config(image_path=str(data / "Images"), captions_path=str(data)))
+    assert len(splits["train"].files) == 24 and "captions.txt" in splits["train"].source[1]
+
+
+def test_image_whose_format_is_not_read_from_shards_is_refused(data_set, tmp_path, refused):
+    paths = data_set({f"{k}.jpg": ["A dog ."] for k in range(10)})
+    (tmp_path / "data" / "Images" / "3.jpg").rename(tmp_path / "data" / "Images" / "3.ppm")
+    captions = Path(paths["captions_path"])
+    captions.write_text(captions.read_text().replace("3.jpg", "3.ppm"))
+    flags_of = [word for name, path in paths.items() for word in (f"--{name}", path)]
+    assert "3.ppm cannot be in a shard" in refused(write_shards.main, [*flags_of, "--to", str(tmp_path / "new")])
+    assert not list((tmp_path / "new").glob("train*"))
