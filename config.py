@@ -105,6 +105,8 @@ class Config:
     gan_run: str = setting("", "run with the GAN (python gan.py --run ...); empty: train a CLIP and a GAN first")
     gan_generator: str = setting("affine", "generator architecture: similar to DF-GAN or to StyleGAN2",
                                  choices=("affine", "style"))
+    gan_discriminator: str = setting("convolutional", "discriminator; projected: on the features of the run's frozen "
+                                     "image encoder (Projected GAN)", choices=("convolutional", "projected"))
     gan_subset: str = setting("", "train the GAN on images whose captions contain one of these comma-separated words; "
                               "empty: all")
     gan_size: int = setting(64, "resolution of generated images, pixels", choices=(32, 64, 128))
@@ -141,6 +143,12 @@ class Config:
         return getattr(self, name) if own is None else own
 
 
+# A GAN on photographs with a pretrained image encoder; about an hour on two CPU cores for Flickr8k. The captions of
+# photographs are similar: a filter of the top 10 would drop 70% of unseen real images, the top 50 drops 14%.
+PHOTOGRAPH_GAN = {
+    "gan_discriminator": "projected", "gan_width": 32, "gan_epochs": 40, "gan_batch_size": 32, "gan_lr": 4e-4,
+    "gan_clip_weight": 0.0, "gan_filter_top_k": 50,
+}
 PRESETS = {
     # A first run on any computer, without a network: small encoders on a synthetic data set. test_resnet is the
     # smallest of timm's ResNets (0.4 M parameters).
@@ -157,13 +165,13 @@ PRESETS = {
     # EfficientNet-Lite0 and all-MiniLM-L6-v2.
     "frozen": {
         "trainable": False, "captions_per_image": 5, "epochs": 40, "batch_size": 256, "head_lr": 2e-3, "dropout": 0.5,
-        "scheduler": "cosine", "warmup_steps": 50,
+        "scheduler": "cosine", "warmup_steps": 50, **PHOTOGRAPH_GAN,
     },
     # LP-FT: heads on frozen encoders first, then the image encoder without its first stages; tuned as preset frozen.
     "finetune": {
         "head_epochs": 40, "trainable_text_encoder": False, "frozen_stages": 3, "freeze_batchnorm": True,
         "captions_per_image": 5, "epochs": 6, "batch_size": 64, "image_encoder_lr": 2e-4, "head_lr": 1e-4,
-        "dropout": 0.5, "scheduler": "cosine", "warmup_steps": 50, "ema_decay": 0.98,
+        "dropout": 0.5, "scheduler": "cosine", "warmup_steps": 50, "ema_decay": 0.98, **PHOTOGRAPH_GAN,
     },
     # Flickr8k from scratch in ten minutes on two CPU cores; tuned on the validation images. CBOW is as good as a
     # Transformer there and costs almost nothing, so five captions per image cost little more than one.

@@ -35,7 +35,7 @@ from clip import load_model
 from dataset import SIDED, Batch, TokenStore, derive_seed, filter_pairs, load_splits, mentions, pad_tokens
 from utils import gan_data
 from utils.captions import text_ids
-from utils.clip_filter import CLIPFilter, captions_to_generate, check_settings
+from utils.clip_filter import CLIPFilter, captions_to_generate, check_settings, kept_rows
 from utils.device import autocast, setup_device, to_device
 from utils.distributed import all_reduce_sum
 from utils.embed import embed_captions
@@ -74,6 +74,8 @@ class Discriminator(nn.Module):
     of a batch in the gradient penalty.
     """
 
+    penalised = True  # by R1
+
     def __init__(self, size, width, dim):
         super().__init__()
         self.caption = CaptionConditioning(dim)
@@ -110,6 +112,16 @@ def build_generator(generator, size, width, dim):
     network = kind(size, width, dim)
     network.architecture = {"generator": generator, "size": size, "width": width, "dim": dim}
     return network
+
+
+def build_discriminator(config, clip, architecture):
+    """A discriminator for `config.gan_discriminator`, "convolutional" or "projected"; clip: of the GAN's run."""
+    size, width, dim = (architecture[name] for name in ("size", "width", "dim"))
+    if config.gan_discriminator == "convolutional":
+        return Discriminator(size, width, dim)
+    from extras.projected_gan import ProjectedDiscriminator
+
+    return ProjectedDiscriminator(clip.image_encoder, size, dim, clip.config.size)
 
 
 def discriminator_loss(real, fake, mismatched):
@@ -151,11 +163,11 @@ class GAN:
 
     PARTS = ("generator", "discriminator", "ema", "generator_optimizer", "discriminator_optimizer")
 
-    def __init__(self, architecture, embeddings, lr, device, amp_dtype):
+    def __init__(self, architecture, discriminator, embeddings, lr, device, amp_dtype):
         self.device, self.step = device, 0
         self.amp_dtype = amp_dtype if amp_dtype == torch.bfloat16 else None  # float16 would need a loss scale in R1
         self.generator = build_generator(**architecture)
-        self.discriminator = Discriminator(architecture["size"], architecture["width"], architecture["dim"])
+        self.discriminator = discriminator
         for network in (self.generator, self.discriminator):
             network.caption.fit(embeddings)
             network.to(device, memory_format=torch.channels_last)
@@ -188,7 +200,7 @@ class GAN:
         fake_logits = self.discriminator.score(fake_features, embeddings)
         mismatched_logits = self.discriminator.score(real_features[:, None], mismatched)
         total = loss = discriminator_loss(real_logits, fake_logits, mismatched_logits)
-        if self.step % R1_INTERVAL == 0:
+        if self.discriminator.penalised and self.step % R1_INTERVAL == 0:
             weight = 0.01 * (real.shape[-1] / 32) ** 3  # gamma / 2: the gradient of larger images has more components
             total = loss + R1_INTERVAL * weight * gradient_penalty(self.discriminator, real, embeddings)
         self.discriminator_optimizer.zero_grad(set_to_none=True)
@@ -256,7 +268,8 @@ def train_gan(config):
     torch.manual_seed(config.seed)
     architecture = {"generator": config.gan_generator, "size": config.gan_size, "width": config.gan_width}
     architecture["dim"] = train.embeddings.shape[1]
-    gan = GAN(architecture, train.embeddings, config.gan_lr, device, amp_dtype)
+    discriminator = build_discriminator(config, clip, architecture)
+    gan = GAN(architecture, discriminator, train.embeddings, config.gan_lr, device, amp_dtype)
     history, settings = gan_data.load_checkpoint(gan, folder), {name: getattr(config, name) for name in SETTINGS}
     write_json(folder / "config.json", {"settings": settings})  # makes the first epoch resumable
     sample, steps = partial(generate, gan.ema), len(train.images) // config.gan_batch_size
@@ -407,20 +420,6 @@ class GANAugmentation:
         if state["captions"] != self.tokens_hash:
             raise InputError("gan_captions differs from the captions that the run was started with")
         self.counts.copy_(state["counts"])
-
-
-def kept_rows(kept):
-    """Row indices (R,) and which of these rows take part in the loss, for booleans (B,).
-
-    On a CPU they are the true rows. On a GPU the host would have to wait for their number: there R is B, and copies of
-    true rows that take no part replace the false ones.
-    """
-    if kept.device.type == "cpu":
-        rows = kept.nonzero()[:, 0]
-        return rows, torch.ones_like(rows, dtype=torch.bool)
-    number, count = torch.arange(len(kept), device=kept.device), kept.sum()
-    true_first = kept.to(torch.uint8).argsort(descending=True, stable=True)
-    return true_first[number % count.clamp(min=1)], number < count
 
 
 def build_augmentation(config, pairs, model, device, amp_dtype):

@@ -5,6 +5,8 @@
     python benchmarks/gan_ablation.py --share 0.25 --held_out 8          eight combinations of colour and shape are in
                                                                          no training image, but are generated
     python benchmarks/gan_ablation.py --preset scratch --image_path ... --captions_path ...     Flickr8k
+                                      --held_out 8 --gan_run RUN         the GAN of a run, and eight pairs of a subject
+                                                                         and a context, such as a dog and snow
 
 All arms of a seed start from the same weights and train on the same real batches for the same number of steps (with
 fewer images there are more epochs: their number is divided by the share):
@@ -13,16 +15,18 @@ fewer images there are more epochs: their number is divided by the share):
     pairs         also generated images with their captions
     shuffled      also generated images, each with the caption of another one: the negative control
     blurred       also real images downsampled to the resolution of the generator: the control for blur
+    duplicates    also real images that are not in the batch, with another augmentation: the control for more images
     captions      real pairs and variants of their captions (extras.augment_captions, same meaning)
     new_captions  also generated images for captions of no image (extras.augment_captions, new meaning)
     sentences     also generated images for captions of scenes outside the data set (few images, many sentences)
     joint         as pairs, with a GAN that keeps training along with CLIP
 
 With combinations held out, pairs, shuffled and joint generate images for captions with these combinations as well as
-for training captions. The data set, the CLIP of stage 1 and its GAN are created once and shared by all seeds: the
-intervals are for this data set and this GAN. Choose settings with another `--data_seed`, which gives other images and
-holds out other combinations. Fewer than five seeds are inconclusive. Finished runs are kept in `--folder`; a stopped
-benchmark continues there. Other flags are those of main.py (default: --preset demo).
+for training captions; on photographs, for the captions of the images left out. The data set, the CLIP of stage 1 and
+its GAN are created once (or given, `--gan_run`) and shared by all seeds: the intervals are for this data set and this
+GAN. Choose settings with another `--data_seed`, which gives other images and holds out other combinations. Fewer than
+five seeds are inconclusive. Finished runs are kept in `--folder`; a stopped benchmark continues there. Other flags are
+those of main.py (default: --preset demo).
 """
 
 import argparse
@@ -40,6 +44,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
+from combinations import choose_combinations, leave_out_combinations  # noqa: E402
 from common import report  # noqa: E402
 from scipy import stats  # noqa: E402
 from zero_shot_shapes import labels_of, share_named  # noqa: E402
@@ -48,7 +53,7 @@ import gan  # noqa: E402
 import main as clip_training  # noqa: E402
 from clip import load_model  # noqa: E402
 from config import InputError, build_config  # noqa: E402
-from dataset import SIDED, load_splits  # noqa: E402
+from dataset import SIDED, TrainTransform, load_splits, subset_pairs  # noqa: E402
 from extras.augment_captions import TrigramProposals, augment_captions, filter_variants, write_variants  # noqa: E402
 from extras.search_index import default_split  # noqa: E402
 from extras.zero_shot import embedding_logits  # noqa: E402
@@ -61,9 +66,9 @@ from utils.flags import OneLineParser, parse_flags  # noqa: E402
 from utils.gan_data import GANData, resize_images  # noqa: E402
 from utils.synthetic import COLORS, SHAPES, all_scenes, generate_dataset, render_scene, scene_captions  # noqa: E402
 
-ARMS = ("real", "pairs", "shuffled", "blurred", "captions", "new_captions", "sentences", "joint")
+ARMS = ("real", "pairs", "shuffled", "blurred", "duplicates", "captions", "new_captions", "sentences", "joint")
 MIN_SEEDS = 5  # for a conclusion
-ARM_SETTINGS = {"run", "resume", "seed", "gan", "gan_run", "gan_captions"}  # set by the benchmark
+ARM_SETTINGS = {"run", "resume", "seed", "gan", "gan_captions"}  # set by the benchmark
 STAGE_1_SEED = 1000  # of the CLIP and the GAN of stage 1; not allowed for an arm
 NUM_NEW_CAPTIONS = 2000
 NUM_VALIDATION, NUM_TEST = 200, 400  # synthetic images
@@ -78,8 +83,9 @@ class Shuffled(gan.GANAugmentation):
     def generate_batch(self, chosen, random):
         batch = super().generate_batch(chosen, random)
         if batch is not None:
-            for name in ("input_ids", "attention_mask", "image_ids", "weights"):
-                setattr(batch, name, getattr(batch, name).roll(1, 0))
+            for name in ("input_ids", "attention_mask", "image_ids", "weights", "text_ids"):
+                if (x := getattr(batch, name)) is not None:
+                    setattr(batch, name, x.roll(1, 0))
         return batch
 
 
@@ -95,7 +101,22 @@ class Blurred(gan.GANAugmentation):
         return resize_images(self.real_images[self.image_ids[chosen]].float() / 255, self.config.size)
 
 
-CONTROLS = {"shuffled": Shuffled, "blurred": Blurred}
+class Duplicates(gan.GANAugmentation):
+    """The real images of the captions, augmented as in training, in place of generated ones."""
+
+    def __init__(self, config, pairs, model, device, amp_dtype):
+        super().__init__(config, pairs, model, device, amp_dtype)
+        self.pairs, self.transform = pairs, TrainTransform(config.size, config.crop_scale, config.color_jitter)
+
+    def generate_images(self, chosen, random):
+        images = []
+        for caption, seed in zip(chosen.tolist(), torch.randint(2**31, chosen.shape, generator=random), strict=True):
+            flip = self.config.flip and not SIDED.search(self.pairs.captions[caption])
+            images.append(self.transform(self.pairs.images[int(self.image_ids[caption])], [int(seed)], flip))
+        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(self.device).float() / 255
+
+
+CONTROLS = {"shuffled": Shuffled, "blurred": Blurred, "duplicates": Duplicates}
 
 
 # ---- data -------------------------------------------------------------------------------------------------------
@@ -109,6 +130,9 @@ def prepare_data(config, folder, share, held_out, data_seed):
     """
     changes = {name: round(getattr(config, name) / share) for name in ("epochs", "gan_epochs")}
     changes |= {"captions_path": str(folder / "captions.txt"), "sample_images": 0}
+    if held_out and not config.sample_images:
+        leave_out_photographs(config, folder, held_out)
+        return changes
     if held_out:
         render_held_out(folder, config.sample_images, held_out, share, data_seed)
         return {**changes, "image_path": str(folder / "Images")}
@@ -183,6 +207,29 @@ def render_held_out(folder, num_images, held_out, share, seed):
     write_data(folder, rows, split_files)
 
 
+def leave_out_photographs(config, folder, held_out):
+    """Write a data set whose training images lack `held_out` combinations of a subject and a context.
+
+    The images left out and half of the validation images are the test images. scenes.txt lists the captions of the
+    images left out, for the generator.
+    """
+    if (folder / "captions.txt").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    splits, frame = load_splits(config), read_captions(config.captions_path)
+    train, validation = splits["train"], splits["validation"].names
+    combinations = choose_combinations(train, held_out)
+    left_out, _ = leave_out_combinations(train, combinations)
+    absent = subset_pairs(train, np.flatnonzero(left_out).tolist())
+    split_files = {"train": [train.names[image] for image in np.flatnonzero(~left_out)]}
+    split_files |= {"dev": validation[::2], "test": [*absent.names, *validation[1::2]]}
+    scenes = [[absent.captions[j] for j in absent.captions_of(image)] for image in range(len(absent.files))]
+    write_scenes(folder / "scenes.txt", scenes, set())
+    write_json(folder / "held_out.json", {"combinations": combinations, "test_images": absent.names})
+    used = {name for names in split_files.values() for name in names}
+    write_data(folder, list(frame[frame["image"].isin(used)].itertuples(index=False)), split_files)
+
+
 def write_scenes(path, scenes, exclude):
     """Write a file for --gan_captions: the captions of a scene form a group; those in `exclude` are omitted.
 
@@ -217,7 +264,9 @@ def write_data(folder, rows, split_files):
 
 
 def train_stages_1_and_2(config, folder):
-    """Train the CLIP and the GAN that all arms share; returns their run folder."""
+    """Train the CLIP and the GAN that all arms share, unless `gan_run` is given; returns their run folder."""
+    if config.gan_run:
+        return config.gan_run
     run = folder / "stage1"
     stage_1 = dataclasses.replace(config, run=str(run), gan="none", gan_run="", seed=STAGE_1_SEED)
     if not (run / "results.json").exists():
@@ -295,7 +344,7 @@ def run_arms(arms, seeds, config, folder):
 
 
 def test_metrics(runs, config, folder):
-    """Text-to-image R@1 and R@5 (%), over all test captions and over those with held-out and with seen combinations.
+    """Text-to-image R@1, R@5, R@10 (%), over all test captions and over those with held-out and with seen combinations.
 
     Without a test split, on the validation split: then choose settings elsewhere. On the synthetic data set also the
     share of colours and shapes of the test images that are predicted (%; see zero_shot_shapes.py). Several runs
@@ -312,7 +361,9 @@ def test_metrics(runs, config, folder):
         held_out = torch.tensor([test.names[image] in names for image in image_index.tolist()])
         parts |= {" held-out": held_out, " seen": ~held_out}
     metrics = {
-        f"R@{k}{part}": 100 * (ranks[mask] <= k).double().mean().item() for part, mask in parts.items() for k in (1, 5)
+        f"R@{k}{part}": 100 * (ranks[mask] <= k).double().mean().item()
+        for part, mask in parts.items()
+        for k in (1, 5, 10)
     }
     for name, kind, labels in (("colours", "color", COLORS), ("shapes", "shape", SHAPES)):
         truth = [labels_of(test.captions[first], kind) for first in test.caption_offsets[:-1]]
@@ -430,7 +481,7 @@ def parse_arguments(argv=None):
         "--held_out",
         type=int,
         default=0,
-        help="number of colour-shape combinations to hold out (default: 0)",
+        help="number of combinations to hold out (default: 0)",
     )
     parser.add_argument(
         "--data_seed",
@@ -444,8 +495,8 @@ def parse_arguments(argv=None):
     for name in ARM_SETTINGS & given.keys():
         raise InputError(f"{name} is set by the benchmark for each arm: drop the flag")
     config = build_config(given if "image_path" in given else {**parse_flags(["--preset", "demo"])[0], **given})
-    if not 0 < own.share <= 1 or (own.held_out and not config.sample_images):
-        raise InputError("share must be above 0 and at most 1; held_out requires the synthetic data set")
+    if not 0 < own.share <= 1:
+        raise InputError("share must be above 0 and at most 1")
     own.seeds = list(dict.fromkeys(own.seeds))
     if min(*own.seeds, own.data_seed, own.held_out) < 0:
         raise InputError("seeds, data_seed and held_out must be at least 0")

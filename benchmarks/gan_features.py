@@ -31,9 +31,7 @@ Results are those after the last step on the validation images; nothing is selec
 
 import argparse
 import itertools
-import re
 import sys
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,6 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from combinations import choose_combinations, leave_out_combinations  # noqa: E402
 from common import ROOT, print_table, report  # noqa: E402
 from gan_evaluate import caption_ranks, kernel_distance, nearest_distance  # noqa: E402
 from scipy import stats  # noqa: E402
@@ -53,7 +52,7 @@ import gan  # noqa: E402
 import main as clip_training  # noqa: E402
 from clip import retrieval_metrics  # noqa: E402
 from config import PRESETS, InputError, build_config  # noqa: E402
-from dataset import subset_pairs  # noqa: E402
+from dataset import load_splits, subset_pairs  # noqa: E402
 from utils.captions import text_ids  # noqa: E402
 from utils.cli import exit_on_input_error, progress_bar  # noqa: E402
 from utils.device import setup_device  # noqa: E402
@@ -71,17 +70,7 @@ ARMS = (
 CLAIMED, CONTROLS = ("gan", "regression", "images"), ("real", "noise", "mixup", "duplicates", "nearest", "blurred")
 # fmt: on
 METRICS = ("text_to_image_R@1", "text_to_image_R@10", "image_to_text_R@10", "rsum")
-# The combinations left out: the eight pairs of these words that are named together by captions of 50 to 200 training
-# images, the most frequent first, no word in more than two pairs.
-SUBJECTS = ("dog", "man", "woman", "boy", "girl", "child", "people")
-# fmt: off
-CONTEXTS = (
-    "snow", "water", "beach", "grass", "street", "bike", "ball", "mountain", "pool", "car", "field", "rock", "park",
-    "sand", "bench", "swing", "skateboard", "ramp", "hill", "wall", "fence", "building", "stick", "frisbee", "tree",
-)
-# fmt: on
 SECOND_MODEL = 10_000  # added to the seed of the second model of the arm two_models
-PLURALS = {"man": "men", "woman": "women", "child": "children"}
 
 
 # ---- data -------------------------------------------------------------------------------------------------------
@@ -131,8 +120,8 @@ def choose_data(train, options, seeds, device):
             left_out, named = leave_out_combinations(train, choose_combinations(train))
             queries = torch.from_numpy(np.flatnonzero(named & left_out[train.image_index])).to(device)
         else:
-            left_out = np.ones(count, bool)
-            left_out[np.random.default_rng([seed, 7]).permutation(count)[: round(options.share * count)]] = False
+            left_out = ~np.isin(train.names, names_of_gan_run(options.gan_run)) if options.gan_run else None
+            left_out = leave_out_share(count, options.share, seed) if left_out is None else left_out
         real.append(np.flatnonzero(~left_out))
         pool.append(np.flatnonzero(left_out) if left_out.any() else np.arange(count))
 
@@ -155,37 +144,17 @@ def choose_data(train, options, seeds, device):
     )
 
 
-def naming(pairs, word):
-    """(T,) booleans: the captions that name a word, in the singular or plural."""
-    forms = re.compile(rf"\b({word}|{word}e?s|{PLURALS.get(word, word)})\b", re.IGNORECASE)
-    return np.array([bool(forms.search(caption)) for caption in pairs.captions])
+def leave_out_share(count, share, seed):
+    """(N,) booleans: all but a random share of the images."""
+    left_out = np.ones(count, bool)
+    left_out[np.random.default_rng([seed, 7]).permutation(count)[: round(share * count)]] = False
+    return left_out
 
 
-def images_naming(pairs, captions):
-    """(N,) booleans: the images with one of these captions (T,)."""
-    return np.bincount(pairs.image_index[captions], minlength=len(pairs.files)) > 0
-
-
-def choose_combinations(pairs):
-    """The combinations to leave out, chosen from the training captions alone: a list of (subject, context)."""
-    named = {word: naming(pairs, word) for word in (*SUBJECTS, *CONTEXTS)}
-    counts = {(a, b): images_naming(pairs, named[a] & named[b]).sum() for a in SUBJECTS for b in CONTEXTS}
-    uses, chosen = Counter(), []
-    for a, b in sorted((pair for pair in counts if 50 <= counts[pair] <= 200), key=lambda pair: -counts[pair]):
-        if uses[a] < 2 and uses[b] < 2 and len(chosen) < 8:
-            chosen.append((a, b))
-            uses.update((a, b))
-    return chosen
-
-
-def leave_out_combinations(pairs, combinations):
-    """(N,) images that show a combination according to all their captions; (T,) captions that name one themselves."""
-    images, captions = np.zeros(len(pairs.files), bool), np.zeros(len(pairs.captions), bool)
-    for a, b in combinations:
-        first, second = naming(pairs, a), naming(pairs, b)
-        images |= images_naming(pairs, first) & images_naming(pairs, second)
-        captions |= first & second
-    return images, captions
+def names_of_gan_run(run):
+    """The names of the training images of a run with a GAN."""
+    config = gan.load_model(gan.conditioning_run(gan.gan_run_folder(run))).config
+    return load_splits(config)["train"].names
 
 
 # ---- arms -------------------------------------------------------------------------------------------------------
@@ -462,7 +431,9 @@ def main(argv=None):
     config = build_config({**PRESETS["frozen"], "num_workers": 0, **given, "run": options.folder})
     if options.write_split:
         train = clip_training.load_data(config)["train"]
-        left_out, _ = leave_out_combinations(train, choose_combinations(train))
+        left_out = leave_out_share(len(train.files), options.share, options.first_seed)
+        if options.held_out:
+            left_out, _ = leave_out_combinations(train, choose_combinations(train))
         names = [f"{name}\n" for name, out in zip(train.names, left_out, strict=True) if not out]
         Path(options.write_split).write_text("".join(names), encoding="utf-8")
         return

@@ -321,12 +321,14 @@ def measure_gan(part):
     """A training step of the GAN."""
     import torch
 
-    from gan import GAN
+    from gan import GAN, Discriminator
 
     device, dtype = (torch.device("cpu"), None) if part.dry else (torch.device("cuda"), torch.bfloat16)
     for size, compiled in ((32, False),) if part.dry else itertools.product((64, 128), (False, True)):
         architecture = {"generator": "affine", "size": size, "width": 8 if part.dry else 64, "dim": 256}
-        gan, count = GAN(architecture, torch.randn(500, 256), 2e-4, device, dtype), 4 if part.dry else 64
+        discriminator = Discriminator(size, architecture["width"], 256)
+        gan = GAN(architecture, discriminator, torch.randn(500, 256), 2e-4, device, dtype)
+        count = 4 if part.dry else 64
         if compiled:
             gan.generator.compile()
         real = torch.rand(count, 3, size, size, device=device) * 2 - 1

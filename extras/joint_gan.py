@@ -27,7 +27,7 @@ import torch
 
 from config import InputError
 from dataset import SIDED, TokenStore, pad_tokens
-from gan import GAN, GANAugmentation, clip_guidance
+from gan import GAN, GANAugmentation, build_discriminator, clip_guidance
 from utils.device import autocast
 from utils.ema import EMA
 from utils.gan_data import GANData, load_checkpoint, save_generator
@@ -48,7 +48,9 @@ class JointGAN(GANAugmentation):
         if (gan_settings(folder) or {}).get("gan_subset"):
             raise InputError(f"{folder} was trained on a subset of the images, which CLIP is not: pass --gan pairs")
         self.data = GANData(self.clip, pairs, config, SIDED, device)
-        self.gan = GAN(self.generator.architecture, self.data.embeddings, config.gan_lr, device, amp_dtype)
+        architecture = self.generator.architecture
+        discriminator = build_discriminator(config, self.clip, architecture)
+        self.gan = GAN(architecture, discriminator, self.data.embeddings, config.gan_lr, device, amp_dtype)
         load_checkpoint(self.gan, folder)
         self.gan.generator_optimizer.param_groups[0]["lr"] = config.gan_lr  # not the checkpoint's learning rate
         self.gan.discriminator_optimizer.param_groups[0]["lr"] = 2 * config.gan_lr

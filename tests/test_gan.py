@@ -33,7 +33,8 @@ from utils.runs import resolve_run
 
 def tiny_gan(dim=16, generator="affine"):
     architecture = {"generator": generator, "size": 32, "width": 4, "dim": dim}
-    return gan.GAN(architecture, unit(20, dim), 1e-3, CPU, None)
+    discriminator = gan.Discriminator(32, 4, dim)
+    return gan.GAN(architecture, discriminator, unit(20, dim), 1e-3, CPU, None)
 
 
 def weights_of(folder):

@@ -14,7 +14,13 @@ FILES = {
 UTILS = {name for name in FILES if name.startswith("utils.")}
 EXTRAS = {name for name in FILES if name.startswith("extras.")}
 SEARCH = {"inference", "extras.search_index", "extras.match_threshold", "extras.zero_shot"}
-TRAINING_EXTRAS = {"extras.check_data", "extras.gan_stages", "extras.joint_gan", "extras.stylegan"}
+TRAINING_EXTRAS = {
+    "extras.check_data",
+    "extras.gan_stages",
+    "extras.joint_gan",
+    "extras.projected_gan",
+    "extras.stylegan",
+}
 # Every project module that a file may import; the seven may import extras only inside functions.
 ALLOWED = {
     "config": {"utils.flags"},

@@ -45,6 +45,20 @@ class CLIPFilter:
         return (before & (similarity > -2)).sum(1) < self.top_k
 
 
+def kept_rows(kept):
+    """Row indices (R,) and which of these rows take part in the loss, for booleans (B,).
+
+    On a CPU they are the true rows. On a GPU the host would have to wait for their number: there R is B, and copies of
+    true rows that take no part replace the false ones.
+    """
+    if kept.device.type == "cpu":
+        rows = kept.nonzero()[:, 0]
+        return rows, torch.ones_like(rows, dtype=torch.bool)
+    number, count = torch.arange(len(kept), device=kept.device), kept.sum()
+    true_first = kept.to(torch.uint8).argsort(descending=True, stable=True)
+    return true_first[number % count.clamp(min=1)], number < count
+
+
 def captions_to_generate(config, pairs, words, mentions):
     """The captions of `config.gan_captions` or `pairs` that contain one of `words`, and their image ids, two lists.
 

@@ -22,7 +22,7 @@ except ImportError:  # Windows
 MAY_CHANGE = {"run", "resume", "gan_run", "gan_captions", "image_path", "captions_path", "cache_path", "cache_images"}
 MAY_CHANGE |= {"num_workers", "epochs", "save_every_minutes", "log"}
 # Settings fixed by a trained GAN (`--gan_run`).
-GAN_ARCHITECTURE = ("gan_generator", "gan_subset", "gan_size", "gan_width", "gan_epochs")
+GAN_ARCHITECTURE = ("gan_generator", "gan_discriminator", "gan_subset", "gan_size", "gan_width", "gan_epochs")
 SUBFOLDERS = ("best", "first", "gan", "heads", "index", "stage1", "tensorboard", "tokenizer", "wandb")  # of a run
 CACHE_FILES = ("images-*", "features-*", ".images-*", ".features-*")
 
@@ -205,6 +205,8 @@ def adopt_gan_settings(config, flags):
     settings = read_json(path).get("settings") or {}
     if not isinstance(settings, dict):
         raise InputError(f"{path} is damaged (settings: {settings!r:.60}): retrain the GAN")
+    if settings:  # earlier versions had no other discriminator
+        settings = {"gan_discriminator": "convolutional", **settings}
     settings = {name: settings[name] for name in GAN_ARCHITECTURE if name in settings}
     for name, value in settings.items():
         if name in flags and getattr(config, name) != value:

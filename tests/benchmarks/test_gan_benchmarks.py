@@ -1,6 +1,7 @@
 """Benchmarks of the GAN: statistics, metrics, controls, and a tiny run of each."""
 
 import csv
+import dataclasses
 import shutil
 import statistics
 import sys
@@ -12,6 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
+import combinations  # noqa: E402
 import gan_ablation  # noqa: E402
 import gan_evaluate  # noqa: E402
 from common import parse_caption  # noqa: E402
@@ -274,7 +276,7 @@ def stop(*_):
         (["--seeds", "-1"], "must be at least 0"),
         (["--data_seed", "-1"], "must be at least 0"),
         (["--share", "0"], "share must be"),
-        (["--gan_run", "runs/x"], "gan_run is set by the benchmark"),
+        (["--gan_captions", "x.txt"], "gan_captions is set by the benchmark"),
     ],
 )
 def test_ablation_refuses_bad_arguments(tmp_path, small_flags, refused, own, line):
@@ -300,9 +302,9 @@ def test_shuffled_pairs_have_the_caption_of_the_next_and_blurred_ones_the_real_i
     )
     pairs = main.load_data(config)["train"]
     parts = config, pairs, main.build_model(config, pairs.captions, CPU), CPU, None
-    plain, shuffled, blurred = (
-        kind(*parts).sample(8, 0, 0.5)[0] for kind in (gan.GANAugmentation, gan_ablation.Shuffled, gan_ablation.Blurred)
-    )
+    main.open_images({"train": pairs}, config)
+    kinds = (gan.GANAugmentation, gan_ablation.Shuffled, gan_ablation.Blurred, gan_ablation.Duplicates)
+    plain, shuffled, blurred, duplicates = (kind(*parts).sample(8, 0, 0.5)[0] for kind in kinds)
     assert torch.equal(shuffled.images, plain.images)
     assert shuffled.image_ids.tolist() == plain.image_ids.tolist()[-1:] + plain.image_ids.tolist()[:-1]
     assert torch.equal(shuffled.input_ids, plain.input_ids.roll(1, 0))
@@ -311,3 +313,30 @@ def test_shuffled_pairs_have_the_caption_of_the_next_and_blurred_ones_the_real_i
     for image, number in zip(blurred.images, blurred.image_ids, strict=True):
         small = torch.nn.functional.interpolate(image[None], (32, 32), mode="area")[0]
         assert (small - real_images[number] / 255).abs().mean() < 0.05
+    assert torch.equal(duplicates.image_ids, plain.image_ids)
+    colors = {name: images.mean((2, 3)) for name, images in (("own", duplicates.images), ("real", real_images / 255))}
+    distances = torch.cdist(colors["own"], colors["real"])  # crops of an image have its colours
+    ranks = (distances < distances.gather(1, duplicates.image_ids[:, None])).sum(1)
+    assert ranks.double().mean() < 0.2 * len(real_images)
+    again = gan_ablation.Duplicates(*parts).sample(8, 1, 0.5)[0]
+    assert not torch.equal(again.images, duplicates.images)
+
+
+def test_combinations_of_photographs_are_left_out_and_tested(tmp_path, monkeypatch, tiny_config, data_set):
+    """Six images of a dog in the snow and six of a man in the street are left out of 24."""
+    monkeypatch.setattr(combinations, "MIN_IMAGES", 4)
+    texts = ["A dog in the snow .", "Two dogs run .", "A man in the street .", "Women in snow ."]
+    captions = {f"{number:02d}.jpg": [texts[number % 4], "It is day ."] for number in range(32)}
+    names = list(captions)
+    paths = data_set(captions, train=names[:24], dev=names[24:])
+    config = tiny_config(**paths)
+    changes = gan_ablation.prepare_data(config, tmp_path / "out", 1.0, 2, 0)
+    held_out = read_json(tmp_path / "out/held_out.json")
+    assert held_out["combinations"] == [["dog", "snow"], ["man", "street"]]  # the first two of three
+    splits = load_splits(dataclasses.replace(config, **changes))
+    assert set(splits["train"].captions) == {texts[1], texts[3], "It is day ."}
+    test = held_out["test_images"]
+    assert test == [name for name in names[:24] if int(name[:2]) % 4 in (0, 2)]
+    assert splits["test"].names == sorted([*test, *names[25::2]]) and splits["validation"].names == names[24::2]
+    lines = (tmp_path / "out/scenes.txt").read_text(encoding="utf-8").splitlines()
+    assert [line.partition("\t")[2] for line in lines] == [text for name in test for text in captions[name]]

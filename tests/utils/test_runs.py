@@ -227,6 +227,7 @@ def test_resume_of_a_damaged_config_is_refused(refused):
 
 def test_run_with_a_trained_gan_adopts_its_architecture():
     settings = {"gan_generator": "style", "gan_subset": "dog", "gan_size": 32, "gan_width": 8, "gan_epochs": 7}
+    settings["gan_discriminator"] = "projected"
     assert set(settings) == set(GAN_ARCHITECTURE)
     write_json("x/gan/config.json", {"settings": {**settings, "gan_lr": 0.5}})
     config = resolve("--gan", "pairs", "--gan_run", "x")
@@ -244,6 +245,8 @@ def test_gan_settings_override_a_preset_and_are_not_attributed_to_it():
     assert config.gan_width == 8
     assert sources.get("gan_width") != "preset demo"
     assert sources["gan_epochs"] == "preset demo"
+    config, _ = resolve_run(["--preset", "frozen", "--gan", "pairs", "--gan_run", "x"])
+    assert config.gan_discriminator == "convolutional"  # of a GAN from before there was another
 
 
 # ---- folders ----------------------------------------------------------------------------------------------------
