@@ -410,15 +410,17 @@ def difference(by_seed, reference, metric, seeds):
     return f"{mean:+.2f} +- {half_width:.2f}{', *' if abs(mean) > half_width else ''}"
 
 
-def differences_to_blurred(results, seeds):
-    """The differences of each arm with generated images from `blurred`: the gain beyond that of blurred real images.
+def differences_to(control, results, seeds):
+    """The differences of each arm with generated images from a control: the gain beyond that of its real images.
 
-    It does not follow from an arm that differs from `real` where `blurred` does not.
+    It does not follow from an arm that differs from `real` where the control does not.
     """
     arms = [arm for arm in results if arm not in ("real", "captions", *CONTROLS)]
-    metrics = results["blurred"][seeds[0]]
     return {
-        arm: {metric: difference(results[arm], results["blurred"], metric, seeds) for metric in metrics} for arm in arms
+        arm: {
+            metric: difference(results[arm], results[control], metric, seeds) for metric in results[control][seeds[0]]
+        }
+        for arm in arms
     }
 
 
@@ -528,8 +530,9 @@ def main(argv=None):
     more = {}
     if "pairs" in results and len(own.seeds) >= MIN_SEEDS:
         more["ensembles"] = ensembles(config, folder, own.seeds)
-    if "blurred" in results and len(own.seeds) >= MIN_SEEDS:
-        more["differences to blurred"] = differences_to_blurred(results, own.seeds)
+    for control in ("blurred", "duplicates"):
+        if control in results and len(own.seeds) >= MIN_SEEDS:
+            more[f"differences to {control}"] = differences_to(control, results, own.seeds)
     rows = table(results, own.seeds)
     note = "paired differences from real with 95% intervals; *: the interval excludes zero"
     if len(own.seeds) < MIN_SEEDS:

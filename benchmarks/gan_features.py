@@ -1,14 +1,16 @@
 """Do generated image features make CLIP better on photographs? Frozen encoders, paired seeds, controls.
 
     python benchmarks/gan_features.py --share 0.1 --seeds 20 [--image_path ... and other flags of main.py]
-    python benchmarks/gan_features.py --held_out --seeds 20 [--gan_run RUN] [...]
+    python benchmarks/gan_features.py --held_out --seeds 20 [...]
+    python benchmarks/gan_features.py --share 0.1 | --held_out --gan_run RUN [...]
 
 The projection heads of `--preset frozen` see nothing but features, so a generator may make features instead of images:
 a small conditional GAN from (noise, caption features) to image features, in the manner of Xian et al. 2018
 (arXiv:1712.00981), trained with the losses of gan.py. With `--share`, only that share of the training images is used,
 another one for every seed, and features are generated for the captions of all the others (of all images for a share of
 1). With `--held_out`, no training image has certain combinations such as a dog and snow; features are generated for the
-captions of the images left out, and captions that name a combination are the queries. All arms of a seed start from the
+captions of the images left out, and captions that name a combination are the queries. With `--gan_run`, the training
+images of all seeds are those of that run (`--write_split` writes the file for them). All arms of a seed start from the
 same weights and see the same real batches for the same number of steps:
 
     real          real pairs only
@@ -259,7 +261,7 @@ def evaluate(models, seed, arm, data, validation):
 def image_gan_features(model, pairs, options, config, data):
     """(T, F_i) features of one generated image per caption, and (N, F_i) of the real images at its resolution.
 
-    With combinations left out, all seeds generate for the same captions; those of the others stay zero.
+    All seeds generate for the same captions, as the GAN has seen the same images; those of other captions stay zero.
     """
     path = Path(options.folder) / "images.pt"
     if path.exists():
@@ -270,10 +272,9 @@ def image_gan_features(model, pairs, options, config, data):
     embeddings = embed_captions(conditioning, pairs.captions, desc="embedding captions")
     size = generator.architecture["size"]
     encode = fast_image_encoder(model, len(embeddings))
-    wanted = data.pool_captions[0] if options.held_out else torch.arange(len(embeddings), device=embeddings.device)
     generated = torch.zeros(len(embeddings), data.images.shape[1])
     with torch.no_grad():
-        for part in progress_bar(wanted.split(16), desc="generated images", unit="batch"):
+        for part in progress_bar(data.pool_captions[0].split(16), desc="generated images", unit="batch"):
             generated[part.cpu()] = encode(gan.generate(generator, embeddings[part], random, config.size)).cpu()
         images = EvaluationImages(pairs.images, range(len(pairs.files)), config.size)
 

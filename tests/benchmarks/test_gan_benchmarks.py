@@ -66,9 +66,8 @@ def test_table_pairs_the_seeds_and_reports_too_few_seeds():
     half_width = 2.776 * statistics.stdev([1, 2, 1, 2, 1.5]) / 5**0.5
     assert rows[1]["R@1"].startswith(f"31.5 (+1.50 +- {half_width:.1f}")
     assert rows[1]["R@1"].endswith(", *)")
-    found = gan_ablation.differences_to_blurred(
-        {"real": real, "blurred": real, "pairs": more, "captions": more}, [1, 2, 3, 4, 5]
-    )
+    results = {"real": real, "blurred": real, "pairs": more, "captions": more}
+    found = gan_ablation.differences_to("blurred", results, [1, 2, 3, 4, 5])
     assert list(found) == ["pairs"] and found["pairs"]["R@1"] in rows[1]["R@1"]
     few = gan_ablation.table({"real": real, "pairs": more}, [1, 2, 3, 4])
     assert few[1]["R@1"] == "29.0 (too few seeds)"

@@ -1,13 +1,16 @@
 """Many trainings at once equal single ones; every arm of the feature GAN benchmark runs."""
 
+import shutil
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, flags
+from gan_fixtures import TINY, as_flags
 from scipy import stats
 from test_main import pretrained_config
 
@@ -17,9 +20,11 @@ import gan_features
 import stacked
 from common import build_state
 
+import gan
 import main
 from clip import contrastive_loss, save_model
 from config import InputError
+from dataset import load_splits
 from utils.cli import StopRequest
 from utils.files import read_json
 
@@ -168,6 +173,7 @@ def test_image_quality_of_real_and_of_foreign_features(frozen_config, tmp_path, 
     save_model(model, tmp_path / "evaluator" / "best")
     chosen = options("--share", "0.5", "--gan_run", "x", "--evaluator", str(tmp_path / "evaluator"))
     real = train.image_features[train.image_index]
+    monkeypatch.setattr(gan_features, "names_of_gan_run", lambda run: train.names[::2])
     monkeypatch.setattr(gan_features, "image_gan_features", lambda *_: (real, train.image_features))
     rows = gan_features.image_quality(chosen, config, model, train, validation)
     assert [row["images"] for row in rows] == ["generated", "real, at the GAN's resolution", "real", rows[-1]["images"]]
@@ -176,3 +182,31 @@ def test_image_quality_of_real_and_of_foreign_features(frozen_config, tmp_path, 
     monkeypatch.setattr(gan_features, "image_gan_features", lambda *_: (5 + 3 * real, train.image_features))
     worse = gan_features.image_quality(chosen, config, model, train, validation)
     assert float(worse[0]["kernel distance x 1000"].split()[0]) > 10 * abs(distance[0]) + 10
+
+
+def test_image_arms_use_the_images_of_the_gan_run(frozen_config, tmp_path, fast):
+    config, part = frozen_config(), tmp_path / "part"
+    part.mkdir()
+    for split, pairs in load_splits(config).items():
+        name = {"train": "train", "validation": "dev", "test": "test"}[split]
+        (part / f"{name}Images.txt").write_text("".join(f"{each}\n" for each in pairs.names), encoding="utf-8")
+    shutil.copy(config.captions_path, part / "captions.txt")
+    whole = shutil.copytree(part, tmp_path / "whole")
+    gan_features.main(["--share", "0.5", "--write_split", str(part / "trainImages.txt"), *flags(config)])
+    main.main(flags(replace(config, captions_path=str(part), run="run", epochs=1)))
+    gan.main(["--run", "run", *as_flags({**TINY, "gan_epochs": 1})])
+    argv = ["--share", "0.5", "--gan_run", "run", "--seeds", "2", "--folder", "out"]
+    argv += ["--arms", "real", "images", "shuffled_images", "blurred"]
+    gan_features.main([*argv, *flags(replace(config, captions_path=str(whole)))])
+    assert list(read_json("out/102.json")) == ["real", "images", "shuffled_images", "blurred"]
+    names = load_splits(replace(config, captions_path=str(part)))["train"].names
+    model, train, _ = gan_features.load(replace(config, captions_path=str(whole)))
+    data = gan_features.choose_data(train, options("--share", "0.5", "--gan_run", "run"), [1, 2], model.device)
+    assert all([train.names[i] for i in images] == names for images in data.real_images.tolist())
+    generated, blurred = torch.load("out/images.pt")
+    assert generated.any(1).nonzero()[:, 0].tolist() == data.pool_captions[0].tolist()
+    made = SimpleNamespace(generated=generated, blurred=blurred)
+    arms = gan_features.Arms(["images", "shuffled_images", "blurred"], data, made, 2.0, [1, 2])
+    features, _, ids, _ = arms(0, 8)
+    assert features[:, 0].equal(features[:, 1]) and not ids[:, 0].equal(ids[:, 1])
+    assert features[:, 2].equal(blurred[ids[:, 2]])
