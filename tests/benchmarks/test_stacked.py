@@ -200,7 +200,7 @@ def test_image_arms_use_the_images_of_the_gan_run(frozen_config, tmp_path, fast)
     gan_features.main([*argv, *flags(replace(config, captions_path=str(whole)))])
     assert list(read_json("out/102.json")) == ["real", "images", "shuffled_images", "blurred"]
     names = load_splits(replace(config, captions_path=str(part)))["train"].names
-    model, train, _ = gan_features.load(replace(config, captions_path=str(whole)))
+    model, train, _ = gan_features.load(replace(config, captions_path=str(whole), run="out"))
     data = gan_features.choose_data(train, options("--share", "0.5", "--gan_run", "run"), [1, 2], model.device)
     assert all([train.names[i] for i in images] == names for images in data.real_images.tolist())
     generated, blurred = torch.load("out/images.pt")
