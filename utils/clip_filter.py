@@ -33,6 +33,8 @@ class CLIPFilter:
     @torch.no_grad()
     def __call__(self, images, captions):
         """(B,) booleans for images (B, 3, size, size) in [0, 1], generated for the captions with these indices (B,)."""
+        if self.top_k >= NUM_CAPTIONS:
+            return torch.ones(len(images), dtype=torch.bool, device=images.device)
         with autocast(images.device, self.amp_dtype):
             image_embeddings = self.clip.encode_image(images)
         similarity = self.embeddings[captions] @ self.distractors.T  # (B, R)
