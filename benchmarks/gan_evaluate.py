@@ -1,7 +1,8 @@
 """Quality of a GAN's images, measured with a CLIP of another seed (the evaluator).
 
 `python benchmarks/gan_evaluate.py --run runs/demo/stage1 --evaluator runs/other` generates an image for one caption of
-each test image and reports, beside the same metrics of the real test images at the GAN's resolution:
+each test image (without a test split: validation image) and reports, beside the same metrics of the real images at the
+GAN's resolution:
 
 - how often the caption ranks first, or in the top 10, of 100 captions of 100 images (chance: 1%, 10%);
 - kernel distance (KID) of the evaluator's features to those of real test images (Binkowski et al. 2018,
@@ -253,9 +254,9 @@ def evaluate(run, evaluator_run, device, seed=0, paths=None):
 
 
 def unseen_test_pairs(splits, evaluator_config):
-    """The test `Pairs` without training images of the evaluator, whose seed may give another split."""
+    """The test `Pairs` (without a test split: validation) without training images of the evaluator, of another seed."""
     seen = set(load_splits(evaluator_config)["train"].names)
-    test = splits["test"]
+    test = splits["test"] if splits["test"].files else splits["validation"]
     test = subset_pairs(test, [i for i, name in enumerate(test.names) if name not in seen])
     if len(test.files) < NUM_CAPTIONS:
         raise InputError(

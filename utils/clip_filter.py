@@ -24,7 +24,8 @@ class CLIPFilter:
         self.clip, self.top_k, self.amp_dtype = clip, config.gan_filter_top_k, amp_dtype
         self.embeddings, self.image_ids = self.distractors, self.distractor_ids = embeddings, image_ids
         self.text_ids = self.distractor_texts = torch.from_numpy(text_ids(captions)).to(image_ids.device)
-        if config.gan_captions:  # too few, or too different from each other, to be the only distractors
+        # Too few captions, or too different from each other, to be the only distractors.
+        if config.gan_captions and self.top_k < NUM_CAPTIONS:
             self.distractors = torch.cat([embeddings, embed_captions(clip, pairs.captions)])  # (R, D)
             self.distractor_ids = torch.cat([image_ids, torch.from_numpy(pairs.image_index).to(image_ids.device)])
             texts = torch.from_numpy(text_ids(pairs.captions)).to(image_ids.device)
