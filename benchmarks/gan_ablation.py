@@ -16,17 +16,19 @@ fewer images there are more epochs: their number is divided by the share):
     shuffled      also generated images, each with the caption of another one: the negative control
     blurred       also real images downsampled to the resolution of the generator: the control for blur
     duplicates    also real images that are not in the batch, with another augmentation: the control for more images
+    nearest       the captions of pairs, each with the real image of the most similar training caption: the control for
+                  the captions
     captions      real pairs and variants of their captions (extras.augment_captions, same meaning)
     new_captions  also generated images for captions of no image (extras.augment_captions, new meaning)
     sentences     also generated images for captions of scenes outside the data set (few images, many sentences)
     joint         as pairs, with a GAN that keeps training along with CLIP
 
-With combinations held out, pairs, shuffled and joint generate images for captions with these combinations as well as
-for training captions; on photographs, for the captions of the images left out. The data set, the CLIP of stage 1 and
-its GAN are created once (or given, `--gan_run`) and shared by all seeds: the intervals are for this data set and this
-GAN. Choose settings with another `--data_seed`, which gives other images and holds out other combinations. Fewer than
-five seeds are inconclusive. Finished runs are kept in `--folder`; a stopped benchmark continues there. Other flags are
-those of main.py (default: --preset demo).
+With combinations held out, pairs, shuffled, nearest and joint use captions with these combinations as well as training
+captions; on photographs, the captions of the images left out. The data set, the CLIP of stage 1 and its GAN are created
+once (or given, `--gan_run`) and shared by all seeds: the intervals are for this data set and this GAN. Choose settings
+with another `--data_seed`, which gives other images and holds out other combinations. Fewer than five seeds are
+inconclusive. Finished runs are kept in `--folder`; a stopped benchmark continues there. Other flags are those of
+main.py (default: --preset demo).
 """
 
 import argparse
@@ -66,7 +68,18 @@ from utils.flags import OneLineParser, parse_flags  # noqa: E402
 from utils.gan_data import GANData, resize_images  # noqa: E402
 from utils.synthetic import COLORS, SHAPES, all_scenes, generate_dataset, render_scene, scene_captions  # noqa: E402
 
-ARMS = ("real", "pairs", "shuffled", "blurred", "duplicates", "captions", "new_captions", "sentences", "joint")
+ARMS = (
+    "real",
+    "pairs",
+    "shuffled",
+    "blurred",
+    "duplicates",
+    "nearest",
+    "captions",
+    "new_captions",
+    "sentences",
+    "joint",
+)
 MIN_SEEDS = 5  # for a conclusion
 ARM_SETTINGS = {"run", "resume", "seed", "gan", "gan_captions"}  # set by the benchmark
 STAGE_1_SEED = 1000  # of the CLIP and the GAN of stage 1; not allowed for an arm
@@ -107,16 +120,29 @@ class Duplicates(gan.GANAugmentation):
     def __init__(self, config, pairs, model, device, amp_dtype):
         super().__init__(config, pairs, model, device, amp_dtype)
         self.pairs, self.transform = pairs, TrainTransform(config.size, config.crop_scale, config.color_jitter)
+        self.sources = self.image_ids  # (T,) the image of each caption
 
     def generate_images(self, chosen, random):
         images = []
-        for caption, seed in zip(chosen.tolist(), torch.randint(2**31, chosen.shape, generator=random), strict=True):
-            flip = self.config.flip and not SIDED.search(self.pairs.captions[caption])
-            images.append(self.transform(self.pairs.images[int(self.image_ids[caption])], [int(seed)], flip))
+        seeds = torch.randint(2**31, chosen.shape, generator=random).tolist()
+        for image, seed in zip(self.sources[chosen].tolist(), seeds, strict=True):
+            sided = any(SIDED.search(self.pairs.captions[caption]) for caption in self.pairs.captions_of(image))
+            flip = self.config.flip and not sided
+            images.append(self.transform(self.pairs.images[image], [seed], flip))
         return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(self.device).float() / 255
 
 
-CONTROLS = {"shuffled": Shuffled, "blurred": Blurred, "duplicates": Duplicates}
+class Nearest(Duplicates):
+    """The real image of the most similar training caption, according to the CLIP of the GAN, for each caption."""
+
+    def __init__(self, config, pairs, model, device, amp_dtype):
+        super().__init__(config, pairs, model, device, amp_dtype)
+        known = embed_captions(self.clip, pairs.captions, desc="embedding captions")
+        nearest = torch.cat([(part @ known.T).argmax(1) for part in self.embeddings.split(4096)])
+        self.sources = torch.from_numpy(pairs.image_index)[nearest.cpu()].to(device)
+
+
+CONTROLS = {"shuffled": Shuffled, "blurred": Blurred, "duplicates": Duplicates, "nearest": Nearest}
 
 
 # ---- data -------------------------------------------------------------------------------------------------------
@@ -279,7 +305,7 @@ def arm_settings(arm, config, folder, stage_1):
     """The settings that an arm changes."""
     changes = {"gan": {"real": "none", "captions": "none", "joint": "joint"}.get(arm, "pairs")}
     held_out = (folder / "data" / "held_out.json").exists()
-    if arm == "sentences" or (held_out and arm in ("pairs", "shuffled", "joint")):
+    if arm == "sentences" or (held_out and arm in ("pairs", "shuffled", "nearest", "joint")):
         changes["gan_captions"] = str(folder / "data" / "scenes.txt")
     if arm == "new_captions":
         changes["gan_captions"] = str(augmented_captions(config, folder, stage_1, "new"))
@@ -530,7 +556,7 @@ def main(argv=None):
     more = {}
     if "pairs" in results and len(own.seeds) >= MIN_SEEDS:
         more["ensembles"] = ensembles(config, folder, own.seeds)
-    for control in ("blurred", "duplicates"):
+    for control in ("blurred", "duplicates", "nearest"):
         if control in results and len(own.seeds) >= MIN_SEEDS:
             more[f"differences to {control}"] = differences_to(control, results, own.seeds)
     rows = table(results, own.seeds)

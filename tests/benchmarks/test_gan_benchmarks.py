@@ -319,6 +319,8 @@ def test_shuffled_pairs_have_the_caption_of_the_next_and_blurred_ones_the_real_i
     assert ranks.double().mean() < 0.2 * len(real_images)
     again = gan_ablation.Duplicates(*parts).sample(8, 1, 0.5)[0]
     assert not torch.equal(again.images, duplicates.images)
+    nearest = gan_ablation.Nearest(*parts)
+    assert nearest.sources.tolist() == pairs.image_index.tolist()  # a training caption is the most similar to itself
 
 
 def test_combinations_of_photographs_are_left_out_and_tested(tmp_path, monkeypatch, tiny_config, data_set):
