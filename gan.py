@@ -125,12 +125,12 @@ def build_discriminator(config, clip, architecture):
 
 
 def discriminator_loss(real, fake, mismatched):
-    """Binary cross-entropy of logits: real (B,) against 1, fake (B,) and mismatched (B, K) against 0, half each."""
+    """Binary cross-entropy of logits, (B, ...): real ones against 1, fake and mismatched ones against 0, half each."""
     return F.softplus(-real).mean() + 0.5 * F.softplus(fake).mean() + 0.5 * F.softplus(mismatched).mean()
 
 
 def generator_loss(fake):
-    """The non-saturating loss: binary cross-entropy of the logits of generated images (B,) against 1."""
+    """The non-saturating loss: binary cross-entropy of the logits of generated images, (B, ...), against 1."""
     return F.softplus(-fake).mean()
 
 

@@ -43,7 +43,7 @@ def choose_combinations(pairs, number=8):
 
 
 def leave_out_combinations(pairs, combinations):
-    """(N,) images that show a combination according to all their captions; (T,) captions that name one themselves."""
+    """(N,) images that show a combination, by their captions taken together; (T,) captions that name one themselves."""
     images, captions = np.zeros(len(pairs.files), bool), np.zeros(len(pairs.captions), bool)
     for a, b in combinations:
         first, second = naming(pairs, a), naming(pairs, b)

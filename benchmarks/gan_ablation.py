@@ -15,20 +15,20 @@ fewer images there are more epochs: their number is divided by the share):
     pairs         also generated images with their captions
     shuffled      also generated images, each with the caption of another one: the negative control
     blurred       also real images downsampled to the resolution of the generator: the control for blur
-    duplicates    also real images that are not in the batch, with another augmentation: the control for more images
-    nearest       the captions of pairs, each with the real image of the most similar training caption: the control for
-                  the captions
+    duplicates    also more real images, drawn independently of the batch: the control for more images
+    nearest       with combinations held out, the captions of pairs, each with the real image of the most similar
+                  training caption: the control for the captions
     captions      real pairs and variants of their captions (extras.augment_captions, same meaning)
     new_captions  also generated images for captions of no image (extras.augment_captions, new meaning)
     sentences     also generated images for captions of scenes outside the data set (few images, many sentences)
     joint         as pairs, with a GAN that keeps training along with CLIP
 
 With combinations held out, pairs, shuffled, nearest and joint use captions with these combinations as well as training
-captions; on photographs, the captions of the images left out. The data set, the CLIP of stage 1 and its GAN are created
-once (or given, `--gan_run`) and shared by all seeds: the intervals are for this data set and this GAN. Choose settings
-with another `--data_seed`, which gives other images and holds out other combinations. Fewer than five seeds are
-inconclusive. Finished runs are kept in `--folder`; a stopped benchmark continues there. Other flags are those of
-main.py (default: --preset demo).
+captions; on photographs, only the captions of the images left out, which are also the test captions. The data set, the
+CLIP of stage 1 and its GAN are created once (or given, `--gan_run`) and shared by all seeds: the intervals are for this
+data set and this GAN. Choose settings with another `--data_seed`, which gives other images and holds out other
+combinations (not on photographs). Fewer than five seeds are inconclusive. Finished runs are kept in `--folder`; a
+stopped benchmark continues there. Other flags are those of main.py (default: --preset demo).
 """
 
 import argparse
@@ -54,7 +54,7 @@ from zero_shot_shapes import labels_of, share_named  # noqa: E402
 import gan  # noqa: E402
 import main as clip_training  # noqa: E402
 from clip import load_model  # noqa: E402
-from config import InputError, build_config  # noqa: E402
+from config import Config, InputError, build_config  # noqa: E402
 from dataset import SIDED, TrainTransform, load_splits, subset_pairs  # noqa: E402
 from extras.augment_captions import TrigramProposals, augment_captions, filter_variants, write_variants  # noqa: E402
 from extras.search_index import default_split  # noqa: E402
@@ -66,6 +66,7 @@ from utils.embed import embed_captions  # noqa: E402
 from utils.files import atomic_write, read_json, write_json  # noqa: E402
 from utils.flags import OneLineParser, parse_flags  # noqa: E402
 from utils.gan_data import GANData, resize_images  # noqa: E402
+from utils.runs import adopt_gan_settings  # noqa: E402
 from utils.synthetic import COLORS, SHAPES, all_scenes, generate_dataset, render_scene, scene_captions  # noqa: E402
 
 ARMS = (
@@ -237,7 +238,7 @@ def leave_out_photographs(config, folder, held_out):
     """Write a data set whose training images lack `held_out` combinations of a subject and a context.
 
     The images left out and half of the validation images are the test images. scenes.txt lists the captions of the
-    images left out, for the generator.
+    images left out, for the generator: they are also test captions.
     """
     if (folder / "captions.txt").exists():
         return
@@ -245,6 +246,9 @@ def leave_out_photographs(config, folder, held_out):
     splits, frame = load_splits(config), read_captions(config.captions_path)
     train, validation = splits["train"], splits["validation"].names
     combinations = choose_combinations(train, held_out)
+    if len(combinations) < held_out:
+        found = f"only {len(combinations)} combinations are named often enough"
+        raise InputError(f"held_out is {held_out}, but {found}: hold out fewer")
     left_out, _ = leave_out_combinations(train, combinations)
     absent = subset_pairs(train, np.flatnonzero(left_out).tolist())
     split_files = {"train": [train.names[image] for image in np.flatnonzero(~left_out)]}
@@ -474,7 +478,7 @@ def check_folder(folder, config):
     """Raise InputError if the folder contains runs with other settings, which would be mixed with those of today."""
     path, settings = folder / "settings.json", {**vars(config), "run": "", "device": "", "num_workers": 0}
     if path.exists():
-        before = read_json(path)
+        before = {**vars(Config()), **read_json(path)}  # earlier versions had fewer settings
         for name, value in settings.items():
             if before.get(name) != value:
                 raise InputError(
@@ -523,8 +527,12 @@ def parse_arguments(argv=None):
     for name in ARM_SETTINGS & given.keys():
         raise InputError(f"{name} is set by the benchmark for each arm: drop the flag")
     config = build_config(given if "image_path" in given else {**parse_flags(["--preset", "demo"])[0], **given})
+    if config.gan_run:
+        config, _ = adopt_gan_settings(config, given)
     if not 0 < own.share <= 1:
         raise InputError("share must be above 0 and at most 1")
+    if own.held_out and not config.sample_images and (own.share < 1 or own.data_seed):
+        raise InputError("on photographs, held_out requires all images: pass neither --share nor --data_seed")
     own.seeds = list(dict.fromkeys(own.seeds))
     if min(*own.seeds, own.data_seed, own.held_out) < 0:
         raise InputError("seeds, data_seed and held_out must be at least 0")
@@ -534,6 +542,10 @@ def parse_arguments(argv=None):
     possible = [arm for arm in ARMS if arm != "sentences" or (config.sample_images and not own.held_out)]
     if "sentences" in (own.arms or ()) and "sentences" not in possible:
         raise InputError("the arm sentences requires the synthetic data set and no --held_out")
+    if not own.held_out:  # a training caption is the most similar to itself
+        possible.remove("nearest")
+    if "nearest" in (own.arms or ()) and "nearest" not in possible:
+        raise InputError("the arm nearest requires --held_out")
     own.arms = list(dict.fromkeys(["real", *(own.arms or possible)]))
     return own, config, rest
 

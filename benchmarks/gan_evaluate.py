@@ -254,7 +254,7 @@ def evaluate(run, evaluator_run, device, seed=0, paths=None):
 
 
 def unseen_test_pairs(splits, evaluator_config):
-    """The test `Pairs` (without a test split: validation) without training images of the evaluator, of another seed."""
+    """The test `Pairs` (without a test split: validation) that the evaluator was not trained on."""
     seen = set(load_splits(evaluator_config)["train"].names)
     test = splits["test"] if splits["test"].files else splits["validation"]
     test = subset_pairs(test, [i for i, name in enumerate(test.names) if name not in seen])

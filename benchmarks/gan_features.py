@@ -2,7 +2,7 @@
 
     python benchmarks/gan_features.py --share 0.1 --seeds 20 [--image_path ... and other flags of main.py]
     python benchmarks/gan_features.py --held_out --seeds 20 [...]
-    python benchmarks/gan_features.py --share 0.1 | --held_out --gan_run RUN [...]
+    python benchmarks/gan_features.py (--share 0.1 | --held_out) --gan_run RUN --folder FOLDER [...]
 
 The projection heads of `--preset frozen` see nothing but features, so a generator may make features instead of images:
 a small conditional GAN from (noise, caption features) to image features, in the manner of Xian et al. 2018
@@ -10,8 +10,8 @@ a small conditional GAN from (noise, caption features) to image features, in the
 another one for every seed, and features are generated for the captions of all the others (of all images for a share of
 1). With `--held_out`, no training image has certain combinations such as a dog and snow; features are generated for the
 captions of the images left out, and captions that name a combination are the queries. With `--gan_run`, the training
-images of all seeds are those of that run (`--write_split` writes the file for them). All arms of a seed start from the
-same weights and see the same real batches for the same number of steps:
+images of all seeds are those of that run (`--write_split` writes a split file for it). All arms of a seed start from
+the same weights and see the same real batches for the same number of steps:
 
     real          real pairs only
     two_models    real pairs only; the mean similarity of two models
@@ -117,13 +117,15 @@ def choose_data(train, options, seeds, device):
     if (numbers != numbers[0]).any():
         raise InputError(f"images have {numbers.min()} to {numbers.max()} captions: this benchmark needs equal numbers")
     real, pool, queries = [], [], None
+    seen = np.isin(train.names, names_of_gan_run(options.gan_run)) if options.gan_run else None
     for seed in seeds:
         if options.held_out:
             left_out, named = leave_out_combinations(train, choose_combinations(train))
             queries = torch.from_numpy(np.flatnonzero(named & left_out[train.image_index])).to(device)
         else:
-            left_out = ~np.isin(train.names, names_of_gan_run(options.gan_run)) if options.gan_run else None
-            left_out = leave_out_share(count, options.share, seed) if left_out is None else left_out
+            left_out = leave_out_share(count, options.share, seed) if seen is None else ~seen
+        if seen is not None and ((seen & left_out).any() or not seen.any()):
+            raise InputError(f"gan_run is {options.gan_run}, whose GAN was not trained on these images alone")
         real.append(np.flatnonzero(~left_out))
         pool.append(np.flatnonzero(left_out) if left_out.any() else np.arange(count))
 
@@ -404,7 +406,7 @@ def parse_options(argv):
     parser.add_argument("--share", type=float, default=1.0, help="share of the training images")
     parser.add_argument("--held_out", action="store_true", help="leave out images of combinations")
     parser.add_argument("--write_split", help="only write the names of the images not left out to this file")
-    parser.add_argument("--gan_run", default="", help="run with an image GAN, for the arms images and blurred")
+    parser.add_argument("--gan_run", default="", help="run with an image GAN, for the arms of images; gives the images")
     parser.add_argument(
         "--evaluator", default="", help="frozen run of another seed that evaluates the images of --gan_run"
     )
@@ -417,7 +419,8 @@ def parse_options(argv):
     parser.add_argument("--folder", help="finished seeds; default: runs/gan_features-...")
     options, flags = parser.parse_known_args(argv)
     options.name = "gan_features-" + ("held-out" if options.held_out else f"share-{options.share:g}")
-    options.folder = options.folder or str(ROOT / "runs" / options.name)
+    options.name += "-images" * bool(options.gan_run)
+    options.folder = options.folder or str(ROOT / "runs" / "-".join([options.name, *Path(options.gan_run).parts[-1:]]))
     unused = set() if options.gan_run else {"images", "shuffled_images", "blurred"}
     unused |= {"left_out"} if options.share == 1 and not options.held_out else set()
     options.arms = options.arms or [arm for arm in ARMS if arm not in {*unused, "two_models"}]
@@ -455,7 +458,7 @@ def main(argv=None):
     if options.evaluator:
         details["images"] = image_quality(options, config, model, train, validation)
         print_table(details["images"], "images")
-    report(options.name + "-images" * bool(options.gan_run), compare(results, options.arms), details)
+    report(options.name, compare(results, options.arms), details)
 
 
 if __name__ == "__main__":

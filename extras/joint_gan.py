@@ -68,7 +68,7 @@ class JointGAN(GANAugmentation):
             return
         batch = self.data.batch(image_ids[: self.config.gan_batch_size])
         texts, weight = batch.mix(self.encode), self.config.gan_clip_weight
-        guidance = partial(clip_guidance, self.clip_ema, texts, weight, self.amp_dtype)
+        guidance = partial(clip_guidance, self.clip_ema, texts, weight, self.amp_dtype) if weight else None
         embeddings, mismatched = batch.mix(self.data.embed), self.data.embed(batch.hard_negatives)
         self.gan.train_step(batch.real, embeddings, mismatched, guidance)
 

@@ -14,11 +14,12 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from config import InputError
 from gan import Discriminator
+from utils.cli import one_line
 from utils.gan_layers import CONDITION_DIM, CaptionConditioning
 
-NUM_HEADS = 4  # on the last stages of the encoder
+NUM_HEADS = 4  # at most, on the last stages of the encoder
 CHANNELS = 64  # after the random projections
-UPSAMPLING = 1.5  # of the images, for an encoder that takes any resolution: it was trained on larger images
+UPSAMPLING = 1.5  # of the images, if the encoder takes any resolution: it was trained on larger images
 
 
 class ProjectedDiscriminator(Discriminator):
@@ -33,14 +34,8 @@ class ProjectedDiscriminator(Discriminator):
     def __init__(self, encoder, size, dim, resolution):
         nn.Module.__init__(self)
         self.encoder = [encoder]  # in a list, which makes it no submodule
-        if not hasattr(encoder.backbone, "forward_intermediates"):
-            kind = type(encoder.backbone).__name__
-            raise InputError(f"gan_discriminator is projected, but the image encoder, {kind}, yields no feature maps")
-        is_pyramid = len({stage["reduction"] for stage in encoder.backbone.feature_info}) > 1
-        self.resolution = int(UPSAMPLING * size) if is_pyramid else resolution
         self.caption = CaptionConditioning(dim)
-        with torch.no_grad():
-            maps = self.encode(torch.zeros(1, 3, size, size, device=encoder.mean.device))
+        maps = self.first_maps(size, resolution)
         self.mix_channels = nn.ModuleList(nn.Conv2d(x.shape[1], CHANNELS, 1, bias=False) for x in maps)
         self.mix_scales = nn.ModuleList(nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, bias=False) for _ in maps)
         for layer in (*self.mix_channels, *self.mix_scales):
@@ -49,12 +44,30 @@ class ProjectedDiscriminator(Discriminator):
         self.realness = nn.Linear(2 * CONDITION_DIM, 1)
         self.projection = nn.Linear(2 * CONDITION_DIM, CONDITION_DIM)
 
+    @torch.no_grad()
+    def first_maps(self, size, resolution):
+        """The feature maps of one image; sets the resolution at which the encoder sees the images."""
+        encoder, resolutions = self.encoder[0], [resolution]
+        stages = getattr(encoder.backbone, "feature_info", ())
+        if len({stage["reduction"] for stage in stages}) > 1:  # otherwise all maps are as coarse as the last
+            resolutions.insert(0, int(UPSAMPLING * size))
+        for self.resolution in resolutions:  # some encoders take their own resolution only
+            try:
+                return self.encode(torch.zeros(1, 3, size, size, device=encoder.mean.device))
+            except Exception as error:
+                found = one_line(error)
+        raise InputError(
+            f"gan_discriminator is projected, but the image encoder, {type(encoder.backbone).__name__}, yields no "
+            f"feature maps ({found:.200}): pass --gan_discriminator convolutional"
+        )
+
     def encode(self, images):
         """Feature maps of the last stages of the encoder, (B, C, S', S') each, of images (B, 3, S, S) in [-1, 1]."""
         encoder = self.encoder[0]
         images = F.interpolate((images + 1) / 2, (self.resolution,) * 2, mode="bilinear")
         images = ((images - encoder.mean) / encoder.std).contiguous(memory_format=torch.channels_last)
-        return encoder.backbone.forward_intermediates(images, indices=NUM_HEADS, intermediates_only=True)
+        heads = min(NUM_HEADS, len(encoder.backbone.feature_info))
+        return encoder.backbone.forward_intermediates(images, indices=heads, intermediates_only=True)
 
     def features(self, images):
         """(B, 3, S, S) -> (B, H, 2 CONDITION_DIM)."""

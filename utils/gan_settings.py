@@ -53,7 +53,7 @@ def gan_settings(folder):
     if settings is None:
         return None
     try:
-        settings = rename_settings(settings)
+        settings = {"gan_discriminator": "convolutional", **rename_settings(settings)}  # missing in earlier versions
         build_config(settings)
     except (AttributeError, InputError) as error:
         raise InputError(f"{path} is damaged ({error!s:.200}): retrain the GAN") from None

@@ -22,7 +22,7 @@ from gan_fixtures import CPU, TINY, as_flags  # noqa: E402
 
 import gan  # noqa: E402
 import main  # noqa: E402
-from config import build_config  # noqa: E402
+from config import InputError, build_config  # noqa: E402
 from dataset import load_splits  # noqa: E402
 from utils.files import read_json  # noqa: E402
 from utils.synthetic import COLORS, SHAPES, all_scenes, generate_dataset, render_scene, scene_captions  # noqa: E402
@@ -275,6 +275,7 @@ def stop(*_):
         (["--seeds", "-1"], "must be at least 0"),
         (["--data_seed", "-1"], "must be at least 0"),
         (["--share", "0"], "share must be"),
+        (["--arms", "nearest"], "the arm nearest requires --held_out"),
         (["--gan_captions", "x.txt"], "gan_captions is set by the benchmark"),
     ],
 )
@@ -339,5 +340,7 @@ def test_combinations_of_photographs_are_left_out_and_tested(tmp_path, monkeypat
     test = held_out["test_images"]
     assert test == [name for name in names[:24] if int(name[:2]) % 4 in (0, 2)]
     assert splits["test"].names == sorted([*test, *names[25::2]]) and splits["validation"].names == names[24::2]
+    with pytest.raises(InputError, match="held_out is 4, but only 3 combinations are named often enough"):
+        gan_ablation.prepare_data(config, tmp_path / "more", 1.0, 4, 0)
     lines = (tmp_path / "out/scenes.txt").read_text(encoding="utf-8").splitlines()
     assert [line.partition("\t")[2] for line in lines] == [text for name in test for text in captions[name]]

@@ -26,7 +26,7 @@ def build(name="test_resnet", size=32):
     return encoder, ProjectedDiscriminator(encoder, size, 16, 160)
 
 
-@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_maxvit"])
 def test_one_logit_per_head_and_gradients_only_where_trained(name):
     torch.manual_seed(0)
     encoder, discriminator = build(name)
@@ -89,5 +89,5 @@ def test_training_resumes_exactly_alone_and_along_with_clip(tiny_config, trained
 def test_encoder_without_feature_maps_is_refused():
     encoder, _ = build()
     encoder.backbone = nn.Identity()
-    with pytest.raises(InputError, match="Identity, yields no feature maps"):
+    with pytest.raises(InputError, match="Identity, yields no feature maps .*: pass --gan_discriminator convolutional"):
         ProjectedDiscriminator(encoder, 32, 16, 160)
