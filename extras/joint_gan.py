@@ -4,7 +4,8 @@ With theta the parameters of CLIP, its temperature included, phi those of the ge
 discriminator D, a step minimises three losses, each with respect to its own parameters:
 
     theta:  CE(real pairs and [G_ema(z, c)] with their captions)           the contrastive loss, weighted
-    psi:    BCE(D(x, c), 1) + BCE(D([G(z, c)], c), 0) / 2 + BCE(D(x, c'), 0) / 2 + R1      x real, c' hard negatives
+    psi:    BCE(D(x, c), 1) + BCE(D([G(z, c)], c), 0) / 2 + BCE(D(x, c'), 0) / 2 + R1      x real, c' hard negatives;
+                                                                                    no R1 for the projected D
     phi:    BCE(D(G(z, c), c), 1) + mu (1 - cos(f(G(z, c)), g(c)))         f, g: encoders of a frozen EMA copy of CLIP
 
 [.] stops the gradient. The gradients of each term:
