@@ -48,6 +48,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 from combinations import choose_combinations, leave_out_combinations  # noqa: E402
 from common import report  # noqa: E402
+from control_arms import CONTROLS  # noqa: E402
 from scipy import stats  # noqa: E402
 from zero_shot_shapes import labels_of, share_named  # noqa: E402
 
@@ -55,7 +56,7 @@ import gan  # noqa: E402
 import main as clip_training  # noqa: E402
 from clip import load_model  # noqa: E402
 from config import Config, InputError, build_config  # noqa: E402
-from dataset import SIDED, TrainTransform, load_splits, subset_pairs  # noqa: E402
+from dataset import load_splits, subset_pairs  # noqa: E402
 from extras.augment_captions import TrigramProposals, augment_captions, filter_variants, write_variants  # noqa: E402
 from extras.search_index import default_split  # noqa: E402
 from extras.zero_shot import embedding_logits  # noqa: E402
@@ -65,85 +66,19 @@ from utils.cli import exit_on_input_error  # noqa: E402
 from utils.embed import embed_captions  # noqa: E402
 from utils.files import atomic_write, read_json, write_json  # noqa: E402
 from utils.flags import OneLineParser, parse_flags  # noqa: E402
-from utils.gan_data import GANData, resize_images  # noqa: E402
 from utils.runs import adopt_gan_settings  # noqa: E402
 from utils.synthetic import COLORS, SHAPES, all_scenes, generate_dataset, render_scene, scene_captions  # noqa: E402
 
+# fmt: off
 ARMS = (
-    "real",
-    "pairs",
-    "shuffled",
-    "blurred",
-    "duplicates",
-    "nearest",
-    "captions",
-    "new_captions",
-    "sentences",
-    "joint",
+    "real", "pairs", "shuffled", "blurred", "duplicates", "nearest", "captions", "new_captions", "sentences", "joint",
 )
+# fmt: on
 MIN_SEEDS = 5  # for a conclusion
 ARM_SETTINGS = {"run", "resume", "seed", "gan", "gan_captions"}  # set by the benchmark
 STAGE_1_SEED = 1000  # of the CLIP and the GAN of stage 1; not allowed for an arm
 NUM_NEW_CAPTIONS = 2000
 NUM_VALIDATION, NUM_TEST = 200, 400  # synthetic images
-
-
-# ---- control arms -----------------------------------------------------------------------------------------------
-
-
-class Shuffled(gan.GANAugmentation):
-    """Generated images that pass the filter, each with the caption of the next one."""
-
-    def generate_batch(self, chosen, random):
-        batch = super().generate_batch(chosen, random)
-        if batch is not None:
-            for name in ("input_ids", "attention_mask", "image_ids", "weights", "text_ids"):
-                if (x := getattr(batch, name)) is not None:
-                    setattr(batch, name, x.roll(1, 0))
-        return batch
-
-
-class Blurred(gan.GANAugmentation):
-    """The real images of the captions, at the resolution of the generator, in place of generated ones."""
-
-    def __init__(self, config, pairs, model, device, amp_dtype):
-        super().__init__(config, pairs, model, device, amp_dtype)
-        config = dataclasses.replace(config, gan_size=self.generator.architecture["size"])
-        self.real_images = GANData(self.clip, pairs, config, SIDED, device).images
-
-    def generate_images(self, chosen, random):
-        return resize_images(self.real_images[self.image_ids[chosen]].float() / 255, self.config.size)
-
-
-class Duplicates(gan.GANAugmentation):
-    """The real images of the captions, augmented as in training, in place of generated ones."""
-
-    def __init__(self, config, pairs, model, device, amp_dtype):
-        super().__init__(config, pairs, model, device, amp_dtype)
-        self.pairs, self.transform = pairs, TrainTransform(config.size, config.crop_scale, config.color_jitter)
-        self.sources = self.image_ids  # (T,) the image of each caption
-
-    def generate_images(self, chosen, random):
-        images = []
-        seeds = torch.randint(2**31, chosen.shape, generator=random).tolist()
-        for image, seed in zip(self.sources[chosen].tolist(), seeds, strict=True):
-            sided = any(SIDED.search(self.pairs.captions[caption]) for caption in self.pairs.captions_of(image))
-            flip = self.config.flip and not sided
-            images.append(self.transform(self.pairs.images[image], [seed], flip))
-        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(self.device).float() / 255
-
-
-class Nearest(Duplicates):
-    """The real image of the most similar training caption, according to the CLIP of the GAN, for each caption."""
-
-    def __init__(self, config, pairs, model, device, amp_dtype):
-        super().__init__(config, pairs, model, device, amp_dtype)
-        known = embed_captions(self.clip, pairs.captions, desc="embedding captions")
-        nearest = torch.cat([(part @ known.T).argmax(1) for part in self.embeddings.split(4096)])
-        self.sources = torch.from_numpy(pairs.image_index)[nearest.cpu()].to(device)
-
-
-CONTROLS = {"shuffled": Shuffled, "blurred": Blurred, "duplicates": Duplicates, "nearest": Nearest}
 
 
 # ---- data -------------------------------------------------------------------------------------------------------
@@ -538,16 +473,22 @@ def parse_arguments(argv=None):
         raise InputError("seeds, data_seed and held_out must be at least 0")
     if STAGE_1_SEED in own.seeds:
         raise InputError(f"seed {STAGE_1_SEED} is that of stage 1: use others")
-    # Captions of unseen scenes exist for synthetic scenes only; with combinations held out, `pairs` already uses them.
-    possible = [arm for arm in ARMS if arm != "sentences" or (config.sample_images and not own.held_out)]
-    if "sentences" in (own.arms or ()) and "sentences" not in possible:
-        raise InputError("the arm sentences requires the synthetic data set and no --held_out")
-    if not own.held_out:  # a training caption is the most similar to itself
-        possible.remove("nearest")
-    if "nearest" in (own.arms or ()) and "nearest" not in possible:
-        raise InputError("the arm nearest requires --held_out")
-    own.arms = list(dict.fromkeys(["real", *(own.arms or possible)]))
+    own.arms = list(dict.fromkeys(["real", *(own.arms or possible_arms(own, config))]))
+    for arm in set(own.arms) - set(possible_arms(own, config)):
+        needed = {"sentences": "the synthetic data set and no --held_out", "nearest": "--held_out"}[arm]
+        raise InputError(f"the arm {arm} requires {needed}")
     return own, config, rest
+
+
+def possible_arms(own, config):
+    """The arms that apply, a list.
+
+    Captions of unseen scenes exist for synthetic scenes only; with combinations held out, `pairs` already uses them.
+    Without, a training caption would be the nearest to itself.
+    """
+    unused = {"sentences"} if own.held_out or not config.sample_images else set()
+    unused |= set() if own.held_out else {"nearest"}
+    return [arm for arm in ARMS if arm not in unused]
 
 
 @exit_on_input_error

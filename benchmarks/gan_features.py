@@ -2,7 +2,7 @@
 
     python benchmarks/gan_features.py --share 0.1 --seeds 20 [--image_path ... and other flags of main.py]
     python benchmarks/gan_features.py --held_out --seeds 20 [...]
-    python benchmarks/gan_features.py (--share 0.1 | --held_out) --gan_run RUN --folder FOLDER [...]
+    python benchmarks/gan_features.py (--share 0.1 | --held_out) --gan_run RUN [...]
 
 The projection heads of `--preset frozen` see nothing but features, so a generator may make features instead of images:
 a small conditional GAN from (noise, caption features) to image features, in the manner of Xian et al. 2018

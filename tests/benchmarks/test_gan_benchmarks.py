@@ -14,6 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import combinations  # noqa: E402
+import control_arms  # noqa: E402
 import gan_ablation  # noqa: E402
 import gan_evaluate  # noqa: E402
 from common import parse_caption  # noqa: E402
@@ -303,13 +304,13 @@ def test_shuffled_pairs_have_the_caption_of_the_next_and_blurred_ones_the_real_i
     pairs = main.load_data(config)["train"]
     parts = config, pairs, main.build_model(config, pairs.captions, CPU), CPU, None
     main.open_images({"train": pairs}, config)
-    kinds = (gan.GANAugmentation, gan_ablation.Shuffled, gan_ablation.Blurred, gan_ablation.Duplicates)
+    kinds = (gan.GANAugmentation, control_arms.Shuffled, control_arms.Blurred, control_arms.Duplicates)
     plain, shuffled, blurred, duplicates = (kind(*parts).sample(8, 0, 0.5)[0] for kind in kinds)
     assert torch.equal(shuffled.images, plain.images)
     assert shuffled.image_ids.tolist() == plain.image_ids.tolist()[-1:] + plain.image_ids.tolist()[:-1]
     assert torch.equal(shuffled.input_ids, plain.input_ids.roll(1, 0))
     assert torch.equal(blurred.image_ids, plain.image_ids)
-    real_images = gan_ablation.Blurred(*parts).real_images
+    real_images = control_arms.Blurred(*parts).real_images
     for image, number in zip(blurred.images, blurred.image_ids, strict=True):
         small = torch.nn.functional.interpolate(image[None], (32, 32), mode="area")[0]
         assert (small - real_images[number] / 255).abs().mean() < 0.05
@@ -318,9 +319,9 @@ def test_shuffled_pairs_have_the_caption_of_the_next_and_blurred_ones_the_real_i
     distances = torch.cdist(colors["own"], colors["real"])  # crops of an image have its colours
     ranks = (distances < distances.gather(1, duplicates.image_ids[:, None])).sum(1)
     assert ranks.double().mean() < 0.2 * len(real_images)
-    again = gan_ablation.Duplicates(*parts).sample(8, 1, 0.5)[0]
+    again = control_arms.Duplicates(*parts).sample(8, 1, 0.5)[0]
     assert not torch.equal(again.images, duplicates.images)
-    nearest = gan_ablation.Nearest(*parts)
+    nearest = control_arms.Nearest(*parts)
     assert nearest.sources.tolist() == pairs.image_index.tolist()  # a training caption is the most similar to itself
 
 
