@@ -8,6 +8,7 @@ import numpy as np
 # The combinations left out are pairs of these words that are named together by captions of this many training images,
 # the most frequent first, no word in more than two pairs.
 MIN_IMAGES, MAX_IMAGES = 50, 200
+NUM_QUERIES = 2  # the last captions of each image left out are queries only; images are generated for the others
 SUBJECTS = ("dog", "man", "woman", "boy", "girl", "child", "people")
 # fmt: off
 CONTEXTS = (

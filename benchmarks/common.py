@@ -286,6 +286,15 @@ def report(name, rows, details=None, folder=None, **more):
     print(f"written to {path}")
 
 
+def holm(values):
+    """p-values corrected for their number (Holm 1979), in the same order."""
+    corrected, largest = [0.0] * len(values), 0.0
+    for rank, i in enumerate(sorted(range(len(values)), key=lambda i: values[i])):
+        largest = max(largest, min(1.0, values[i] * (len(values) - rank)))
+        corrected[i] = largest
+    return corrected
+
+
 def hardware():
     """Processor, cores, memory and GPUs of this machine, a dict."""
     import torch

@@ -28,15 +28,21 @@ class Shuffled(gan.GANAugmentation):
 
 
 class Blurred(gan.GANAugmentation):
-    """The real images of the captions, at the resolution of the generator, in place of generated ones."""
+    """The real images of the captions, at the resolution of the generator, in place of generated ones.
+
+    At half the resolution if the generator's is not below that of CLIP.
+    """
 
     def __init__(self, config, pairs, model, device, amp_dtype):
         super().__init__(config, pairs, model, device, amp_dtype)
-        config = dataclasses.replace(config, gan_size=self.generator.architecture["size"])
+        size = self.generator.architecture["size"]
+        config = dataclasses.replace(config, gan_size=size)
         self.real_images = GANData(self.clip, pairs, config, SIDED, device).images
+        self.blurred_size = size if size < config.size else config.size // 2
 
     def generate_images(self, chosen, random):
-        return resize_images(self.real_images[self.image_ids[chosen]].float() / 255, self.config.size)
+        images = self.real_images[self.image_ids[chosen]].float() / 255
+        return resize_images(resize_images(images, self.blurred_size), self.config.size)
 
 
 class Duplicates(gan.GANAugmentation):
@@ -65,6 +71,7 @@ class Nearest(Duplicates):
         known = embed_captions(self.clip, pairs.captions, desc="embedding captions")
         nearest = torch.cat([(part @ known.T).argmax(1) for part in self.embeddings.split(4096)])
         self.sources = torch.from_numpy(pairs.image_index)[nearest.cpu()].to(device)
+        self.image_ids = self.sources  # the image and its own captions are no negatives of the added pair
 
 
 CONTROLS = {"shuffled": Shuffled, "blurred": Blurred, "duplicates": Duplicates, "nearest": Nearest}

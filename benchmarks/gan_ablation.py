@@ -14,7 +14,8 @@ fewer images there are more epochs: their number is divided by the share):
     real          real pairs only
     pairs         also generated images with their captions
     shuffled      also generated images, each with the caption of another one: the negative control
-    blurred       also real images downsampled to the resolution of the generator: the control for blur
+    blurred       also real images downsampled to the resolution of the generator (to half of CLIP's, if it is not
+                  lower): the control for blur
     duplicates    also more real images, drawn independently of the batch: the control for more images
     nearest       with combinations held out, the captions of pairs, each with the real image of the most similar
                   training caption: the control for the captions
@@ -24,7 +25,8 @@ fewer images there are more epochs: their number is divided by the share):
     joint         as pairs, with a GAN that keeps training along with CLIP
 
 With combinations held out, pairs, shuffled, nearest and joint use captions with these combinations as well as training
-captions; on photographs, only the captions of the images left out, which are also the test captions. The data set, the
+captions; on photographs, only captions of the images left out, of which two per image are the test captions and the
+others are used. The data set, the
 CLIP of stage 1 and its GAN are created once (or given, `--gan_run`) and shared by all seeds: the intervals are for this
 data set and this GAN. Choose settings with another `--data_seed`, which gives other images and holds out other
 combinations (not on photographs). Fewer than five seeds are inconclusive. Finished runs are kept in `--folder`; a
@@ -35,6 +37,7 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import itertools
 import math
 import statistics
 import sys
@@ -46,8 +49,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
-from combinations import choose_combinations, leave_out_combinations  # noqa: E402
-from common import report  # noqa: E402
+from combinations import NUM_QUERIES, choose_combinations, leave_out_combinations  # noqa: E402
+from common import holm, print_table, report  # noqa: E402
 from control_arms import CONTROLS  # noqa: E402
 from scipy import stats  # noqa: E402
 from zero_shot_shapes import labels_of, share_named  # noqa: E402
@@ -172,8 +175,8 @@ def render_held_out(folder, num_images, held_out, share, seed):
 def leave_out_photographs(config, folder, held_out):
     """Write a data set whose training images lack `held_out` combinations of a subject and a context.
 
-    The images left out and half of the validation images are the test images. scenes.txt lists the captions of the
-    images left out, for the generator: they are also test captions.
+    The images left out and half of the validation images are the test images. scenes.txt lists captions of the images
+    left out, for the generator; the other `NUM_QUERIES` of each are test captions.
     """
     if (folder / "captions.txt").exists():
         return
@@ -188,11 +191,17 @@ def leave_out_photographs(config, folder, held_out):
     absent = subset_pairs(train, np.flatnonzero(left_out).tolist())
     split_files = {"train": [train.names[image] for image in np.flatnonzero(~left_out)]}
     split_files |= {"dev": validation[::2], "test": [*absent.names, *validation[1::2]]}
-    scenes = [[absent.captions[j] for j in absent.captions_of(image)] for image in range(len(absent.files))]
+    if (fewest := np.diff(absent.caption_offsets).min()) <= NUM_QUERIES:
+        needed = f"{NUM_QUERIES} are test captions, the others for the generator"
+        raise InputError(f"held_out needs at least {NUM_QUERIES + 1} captions per image, found {fewest}: {needed}")
+    captions = [list(absent.captions_of(image))[:-NUM_QUERIES] for image in range(len(absent.files))]
+    scenes = [[absent.captions[j] for j in own] for own in captions]
     write_scenes(folder / "scenes.txt", scenes, set())
     write_json(folder / "held_out.json", {"combinations": combinations, "test_images": absent.names})
     used = {name for names in split_files.values() for name in names}
-    write_data(folder, list(frame[frame["image"].isin(used)].itertuples(index=False)), split_files)
+    from_last = frame.groupby("image").cumcount(ascending=False)
+    used = frame["image"].isin(used) & (~frame["image"].isin(absent.names) | (from_last < NUM_QUERIES))
+    write_data(folder, list(frame[used].itertuples(index=False)), split_files)
 
 
 def write_scenes(path, scenes, exclude):
@@ -375,18 +384,23 @@ def difference(by_seed, reference, metric, seeds):
     return f"{mean:+.2f} +- {half_width:.2f}{', *' if abs(mean) > half_width else ''}"
 
 
-def differences_to(control, results, seeds):
-    """The differences of each arm with generated images from a control: the gain beyond that of its real images.
+def claims(results, seeds):
+    """Rows of the paired differences of the arms with generated images from every other arm, with 95% intervals.
 
-    It does not follow from an arm that differs from `real` where the control does not.
+    They do not follow from an arm that differs from `real` where the control does not. p: of the paired t-test,
+    corrected for the rows of the same metric (Holm 1979).
     """
-    arms = [arm for arm in results if arm not in ("real", "captions", *CONTROLS)]
-    return {
-        arm: {
-            metric: difference(results[arm], results[control], metric, seeds) for metric in results[control][seeds[0]]
-        }
-        for arm in arms
-    }
+    controls = [arm for arm in results if arm in ("real", "captions", *CONTROLS)]
+    rows = []
+    for metric in results["real"][seeds[0]]:
+        found = []
+        for arm, control in itertools.product([arm for arm in results if arm not in controls], controls):
+            values = [results[arm][seed][metric] - results[control][seed][metric] for seed in seeds]
+            row = {"metric": metric, "arm": arm, "control": control}
+            row["difference"] = difference(results[arm], results[control], metric, seeds)
+            found.append((row, 1.0 if len(set(values)) == 1 else stats.ttest_1samp(values, 0).pvalue))
+        rows += [{**row, "p": f"{p:.2g}"} for (row, _), p in zip(found, holm([p for _, p in found]), strict=True)]
+    return rows
 
 
 def ensembles(config, folder, seeds, arm="pairs"):
@@ -509,15 +523,15 @@ def main(argv=None):
     more = {}
     if "pairs" in results and len(own.seeds) >= MIN_SEEDS:
         more["ensembles"] = ensembles(config, folder, own.seeds)
-    for control in ("blurred", "duplicates", "nearest"):
-        if control in results and len(own.seeds) >= MIN_SEEDS:
-            more[f"differences to {control}"] = differences_to(control, results, own.seeds)
-    rows = table(results, own.seeds)
+    details, rows = {"runs": results}, table(results, own.seeds)
+    if len(own.seeds) >= MIN_SEEDS and (found := claims(results, own.seeds)):
+        details["claims"] = found
+        print_table(found, "claims")
     note = "paired differences from real with 95% intervals; *: the interval excludes zero"
     if len(own.seeds) < MIN_SEEDS:
         note = f"{len(own.seeds)} seeds: no conclusion is drawn from fewer than {MIN_SEEDS}"
     target = folder if len(own.seeds) < MIN_SEEDS else None  # inconclusive results are not among benchmarks/results
-    report(f"gan_ablation-{name}", rows, {"runs": results}, target, note=note, seeds=own.seeds, settings=rest, **more)
+    report(f"gan_ablation-{name}", rows, details, target, note=note, seeds=own.seeds, settings=rest, **more)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ The projection heads of `--preset frozen` see nothing but features, so a generat
 a small conditional GAN from (noise, caption features) to image features, in the manner of Xian et al. 2018
 (arXiv:1712.00981), trained with the losses of gan.py. With `--share`, only that share of the training images is used,
 another one for every seed, and features are generated for the captions of all the others (of all images for a share of
-1). With `--held_out`, no training image has certain combinations such as a dog and snow; features are generated for the
-captions of the images left out, and captions that name a combination are the queries. With `--gan_run`, the training
-images of all seeds are those of that run (`--write_split` writes a split file for it). All arms of a seed start from
-the same weights and see the same real batches for the same number of steps:
+1). With `--held_out`, captions of no training image name certain combinations such as a dog and snow; features are
+generated for captions of the images left out, and their other captions that name a combination are the queries. With
+`--gan_run`, the training images of all seeds are those of that run (`--write_split` writes a split file for it). All
+arms of a seed start from the same weights and see the same real batches for the same number of steps:
 
     real          real pairs only
     two_models    real pairs only; the mean similarity of two models
@@ -20,19 +20,19 @@ the same weights and see the same real batches for the same number of steps:
     regression    also features predicted from the captions by a network without noise (mean squared error)
     nearest       also the features of the real image with the most similar caption
     noise         also real features with Gaussian noise that has the spread of the features of a caption
-    mixup         also interpolations of two real pairs, features and captions
+    mixup         also interpolations of two real pairs, features and captions; no negatives of the closer pair
     duplicates    also more real pairs
     images        also features of images from the image GAN of `--gan_run`, encoded by the frozen encoder
     shuffled_images  the same, each with the caption of another image
     blurred       also features of real images downsampled to the resolution of that GAN
     left_out      also the real features of the images left out: the upper bound
 
-Results are those after the last step on the validation images; nothing is selected on them. Finished seeds are kept in
-`--folder`, and a stopped benchmark continues there.
+Results are those after the last step on the validation images; no epoch and no arm is selected on them, but the presets
+and the settings of this benchmark were. They depend on `--at_once`, as seeds trained at once share random numbers.
+Finished seeds are kept in `--folder`, and a stopped benchmark continues there.
 """
 
 import argparse
-import itertools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,8 +44,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from combinations import choose_combinations, leave_out_combinations  # noqa: E402
-from common import ROOT, print_table, report  # noqa: E402
+from combinations import NUM_QUERIES, choose_combinations, leave_out_combinations  # noqa: E402
+from common import ROOT, holm, print_table, report  # noqa: E402
 from gan_evaluate import caption_ranks, kernel_distance, nearest_distance  # noqa: E402
 from scipy import stats  # noqa: E402
 from stacked import Draws, Standardised, train_feature_gan, train_heads, train_regression  # noqa: E402
@@ -58,7 +58,7 @@ from dataset import load_splits, subset_pairs  # noqa: E402
 from utils.captions import text_ids  # noqa: E402
 from utils.cli import exit_on_input_error, progress_bar  # noqa: E402
 from utils.device import setup_device  # noqa: E402
-from utils.embed import embed_captions, encode_dataset, fast_image_encoder, precompute_features  # noqa: E402
+from utils.embed import embed_captions, encode_dataset, fast_image_encoder, image_batch_size, precompute_features  # noqa: E402
 from utils.files import read_json, write_json  # noqa: E402
 from utils.flags import parse_flags  # noqa: E402
 from utils.gan_layers import NOISE_DIM  # noqa: E402
@@ -69,8 +69,13 @@ ARMS = (
     "real", "two_models", "gan", "shuffled", "regression", "nearest", "noise", "mixup", "duplicates", "images",
     "shuffled_images", "blurred", "left_out",
 )
-CLAIMED, CONTROLS = ("gan", "regression", "images"), ("real", "noise", "mixup", "duplicates", "nearest", "blurred")
+CONTROLS = ("real", "noise", "mixup", "duplicates", "nearest", "blurred")
 # fmt: on
+CLAIMS = {
+    "gan": (*CONTROLS, "regression", "shuffled"),
+    "regression": CONTROLS,
+    "images": (*CONTROLS, "shuffled_images"),
+}
 METRICS = ("text_to_image_R@1", "text_to_image_R@10", "image_to_text_R@10", "rsum")
 SECOND_MODEL = 10_000  # added to the seed of the second model of the arm two_models
 
@@ -116,12 +121,15 @@ def choose_data(train, options, seeds, device):
     count, numbers = len(train.files), np.diff(train.caption_offsets)
     if (numbers != numbers[0]).any():
         raise InputError(f"images have {numbers.min()} to {numbers.max()} captions: this benchmark needs equal numbers")
-    real, pool, queries = [], [], None
+    if options.held_out and numbers[0] <= NUM_QUERIES:
+        raise InputError(f"held_out needs at least {NUM_QUERIES + 1} captions per image, found {numbers[0]}")
+    real, pool, queries, own = [], [], None, np.arange(numbers[0])
     seen = np.isin(train.names, names_of_gan_run(options.gan_run)) if options.gan_run else None
     for seed in seeds:
         if options.held_out:
             left_out, named = leave_out_combinations(train, choose_combinations(train))
-            queries = torch.from_numpy(np.flatnonzero(named & left_out[train.image_index])).to(device)
+            named &= left_out[train.image_index] & np.tile(own >= numbers[0] - NUM_QUERIES, count)
+            queries = torch.from_numpy(np.flatnonzero(named)).to(device)
         else:
             left_out = leave_out_share(count, options.share, seed) if seen is None else ~seen
         if seen is not None and ((seen & left_out).any() or not seen.any()):
@@ -129,8 +137,8 @@ def choose_data(train, options, seeds, device):
         real.append(np.flatnonzero(~left_out))
         pool.append(np.flatnonzero(left_out) if left_out.any() else np.arange(count))
 
-    def captions(images):
-        return (images[:, None] * numbers[0] + np.arange(numbers[0])).ravel()
+    def captions(images, own=own):
+        return (images[:, None] * numbers[0] + own).ravel()
 
     def stack(arrays):
         return torch.from_numpy(np.stack(arrays)).to(device)
@@ -143,7 +151,7 @@ def choose_data(train, options, seeds, device):
         pairs=[subset_pairs(train, images.tolist()) for images in real],
         real_images=stack(real),
         real_captions=stack([captions(images) for images in real]),
-        pool_captions=stack([captions(images) for images in pool]),
+        pool_captions=stack([captions(images, own[:-NUM_QUERIES] if options.held_out else own) for images in pool]),
         queries=queries,
     )
 
@@ -196,7 +204,8 @@ class Arms:
             captions = {"shuffled": other, "shuffled_images": other}.get(arm, pool)
             captions = real if arm in ("noise", "duplicates", "blurred") else captions
             features = made["gan"] if arm in ("gan", "shuffled") else self.features(arm, pool, real, draws)
-            parts.append((features, data.texts[captions], data.image_index[captions], data.text_ids[captions]))
+            sources = self.nearest.gather(1, pool) if arm == "nearest" else captions
+            parts.append((features, data.texts[captions], data.image_index[sources], data.text_ids[captions]))
         return [torch.stack(each, 1) for each in zip(*parts, strict=True)]
 
     def features(self, arm, pool, real, draws):
@@ -213,16 +222,17 @@ class Arms:
         if arm == "blurred":
             return self.made.blurred[data.image_index[real]]
         features = data.images[data.image_index[real]]
-        return features + self.spread * draws.normal(*features.shape) if arm == "noise" else features
+        if arm == "noise":
+            features = features + self.spread * draws.normal(*features.shape)
+            return features.clamp(min=0) if data.standard.positive else features
+        return features
 
     def mixup(self, real, draws):
-        """Interpolations of two real pairs, which have no real image or caption in common with the batch."""
-        weight, ids = draws.uniform(*real.shape, 1), -1 - torch.arange(real.shape[1], device=real.device)
-        mixed = [
-            torch.lerp(x, x.roll(1, 1), weight)
-            for x in (self.data.images[self.data.image_index[real]], self.data.texts[real])
-        ]
-        return *mixed, *[ids.expand_as(real)] * 2
+        """Interpolations of two real pairs, with the ids of the closer one."""
+        weight, data = draws.uniform(*real.shape, 1), self.data
+        mixed = [torch.lerp(x, x.roll(1, 1), weight) for x in (data.images[data.image_index[real]], data.texts[real])]
+        closer = torch.where(weight[..., 0] < 0.5, real, real.roll(1, 1))
+        return *mixed, data.image_index[closer], data.text_ids[closer]
 
 
 @torch.no_grad()
@@ -273,10 +283,10 @@ def image_gan_features(model, pairs, options, config, data):
     generator, random = gan.load_generator(run / "gan", model.device), torch.Generator().manual_seed(0)
     embeddings = embed_captions(conditioning, pairs.captions, desc="embedding captions")
     size = generator.architecture["size"]
-    encode = fast_image_encoder(model, len(embeddings))
+    encode, count = fast_image_encoder(model, len(embeddings)), image_batch_size(model.device, 256)
     generated = torch.zeros(len(embeddings), data.images.shape[1])
     with torch.no_grad():
-        for part in progress_bar(data.pool_captions[0].split(16), desc="generated images", unit="batch"):
+        for part in progress_bar(data.pool_captions[0].split(count), desc="generated images", unit="batch"):
             generated[part.cpu()] = encode(gan.generate(generator, embeddings[part], random, config.size)).cpu()
         images = EvaluationImages(pairs.images, range(len(pairs.files)), config.size)
 
@@ -284,7 +294,7 @@ def image_gan_features(model, pairs, options, config, data):
             small = F.interpolate(batch.float(), size=(size, size), mode="area")
             return encode(F.interpolate(small, size=(config.size,) * 2, mode="bilinear").round().to(torch.uint8))
 
-        blurred = encode_dataset(blur, images, model.device, batch_size=16, desc="blurred images")
+        blurred = encode_dataset(blur, images, model.device, batch_size=count, desc="blurred images")
     torch.save((generated, blurred), path)
     return generated, blurred
 
@@ -386,7 +396,7 @@ def against_controls(results, arms):
     rows = []
     for metric in ("text_to_image_R@10", "rsum", "left_out_R@10"):
         found = []
-        for arm, control in itertools.product(CLAIMED, CONTROLS):
+        for arm, control in ((arm, control) for arm, controls in CLAIMS.items() for control in controls):
             if {arm, control} <= set(arms) and metric in next(iter(results.values()))["real"]:
                 difference = np.array([run[arm][metric] - run[control][metric] for run in results.values()])
                 half = stats.t.ppf(0.975, len(difference) - 1) * stats.sem(difference)
@@ -394,10 +404,8 @@ def against_controls(results, arms):
                 row["difference"] = f"{difference.mean():+.2f} ± {half:.2f}"
                 found.append((stats.ttest_1samp(difference, 0).pvalue, row))
         found.sort(key=lambda each: each[0])
-        largest = 0.0
-        for rank, (p, row) in enumerate(found):
-            largest = max(largest, min(1.0, p * (len(found) - rank)))
-            rows.append({**row, "p": f"{largest:.2g}"})
+        corrected = holm([p for p, _ in found])
+        rows += [{**row, "p": f"{p:.2g}"} for p, (_, row) in zip(corrected, found, strict=True)]
     return rows
 
 

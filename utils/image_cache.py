@@ -125,8 +125,9 @@ def build_image_cache(files, resolution, folder, num_workers=4, show_progress=Tr
     with atomic_write(path) as temporary:
         write_pixels(temporary, files, resolution, folder / "unreadable.txt", num_workers, show_progress)
         for outdated in folder.glob(f"{prefix}-*"):  # the same paths with earlier contents
-            with contextlib.suppress(OSError):  # still open in another process (Windows)
-                outdated.unlink()
+            if outdated.stem != path.stem:  # which another process may have written in the meantime, and reads
+                with contextlib.suppress(OSError):  # still open in another process (Windows)
+                    outdated.unlink()
         with atomic_write(path.with_suffix(".digests")) as digests_file, open(digests_file, "wb") as file:
             np.save(file, digests)
     return Cache(path, np.arange(len(files)))

@@ -68,8 +68,13 @@ def test_table_pairs_the_seeds_and_reports_too_few_seeds():
     assert rows[1]["R@1"].startswith(f"31.5 (+1.50 +- {half_width:.1f}")
     assert rows[1]["R@1"].endswith(", *)")
     results = {"real": real, "blurred": real, "pairs": more, "captions": more}
-    found = gan_ablation.differences_to("blurred", results, [1, 2, 3, 4, 5])
-    assert list(found) == ["pairs"] and found["pairs"]["R@1"] in rows[1]["R@1"]
+    found = gan_ablation.claims(results, [1, 2, 3, 4, 5])
+    assert [(row["arm"], row["control"], row["p"]) for row in found] == [
+        ("pairs", "real", "0.0077"),
+        ("pairs", "blurred", "0.0077"),
+        ("pairs", "captions", "1"),
+    ]
+    assert all(row["difference"] in rows[1]["R@1"] for row in found[:2])
     few = gan_ablation.table({"real": real, "pairs": more}, [1, 2, 3, 4])
     assert few[1]["R@1"] == "29.0 (too few seeds)"
 
@@ -314,6 +319,12 @@ def test_shuffled_pairs_have_the_caption_of_the_next_and_blurred_ones_the_real_i
     for image, number in zip(blurred.images, blurred.image_ids, strict=True):
         small = torch.nn.functional.interpolate(image[None], (32, 32), mode="area")[0]
         assert (small - real_images[number] / 255).abs().mean() < 0.05
+    half = control_arms.Blurred(dataclasses.replace(config, size=32), *parts[1:]).sample(8, 0, 0.5)[0].images
+    assert half.shape[-1] == 32  # CLIP's resolution is that of the generator: half of it
+    expected = real_images[blurred.image_ids] / 255
+    for size in (16, 32):
+        expected = torch.nn.functional.interpolate(expected, (size, size), mode="bilinear", antialias=True)
+    torch.testing.assert_close(half, expected)
     assert torch.equal(duplicates.image_ids, plain.image_ids)
     colors = {name: images.mean((2, 3)) for name, images in (("own", duplicates.images), ("real", real_images / 255))}
     distances = torch.cdist(colors["own"], colors["real"])  # crops of an image have its colours
@@ -323,13 +334,15 @@ def test_shuffled_pairs_have_the_caption_of_the_next_and_blurred_ones_the_real_i
     assert not torch.equal(again.images, duplicates.images)
     nearest = control_arms.Nearest(*parts)
     assert nearest.sources.tolist() == pairs.image_index.tolist()  # a training caption is the most similar to itself
+    assert nearest.image_ids.equal(nearest.sources)
 
 
 def test_combinations_of_photographs_are_left_out_and_tested(tmp_path, monkeypatch, tiny_config, data_set):
     """Six images of a dog in the snow and six of a man in the street are left out of 24."""
     monkeypatch.setattr(combinations, "MIN_IMAGES", 4)
     texts = ["A dog in the snow .", "Two dogs run .", "A man in the street .", "Women in snow ."]
-    captions = {f"{number:02d}.jpg": [texts[number % 4], "It is day ."] for number in range(32)}
+    more = ["It is day .", "Nobody speaks .", "A photo ."]
+    captions = {f"{number:02d}.jpg": [texts[number % 4], *more] for number in range(32)}
     names = list(captions)
     paths = data_set(captions, train=names[:24], dev=names[24:])
     config = tiny_config(**paths)
@@ -337,11 +350,14 @@ def test_combinations_of_photographs_are_left_out_and_tested(tmp_path, monkeypat
     held_out = read_json(tmp_path / "out/held_out.json")
     assert held_out["combinations"] == [["dog", "snow"], ["man", "street"]]  # the first two of three
     splits = load_splits(dataclasses.replace(config, **changes))
-    assert set(splits["train"].captions) == {texts[1], texts[3], "It is day ."}
+    assert set(splits["train"].captions) == {texts[1], texts[3], *more}
     test = held_out["test_images"]
     assert test == [name for name in names[:24] if int(name[:2]) % 4 in (0, 2)]
     assert splits["test"].names == sorted([*test, *names[25::2]]) and splits["validation"].names == names[24::2]
     with pytest.raises(InputError, match="held_out is 4, but only 3 combinations are named often enough"):
         gan_ablation.prepare_data(config, tmp_path / "more", 1.0, 4, 0)
     lines = (tmp_path / "out/scenes.txt").read_text(encoding="utf-8").splitlines()
-    assert [line.partition("\t")[2] for line in lines] == [text for name in test for text in captions[name]]
+    assert [line.partition("\t")[2] for line in lines] == [text for name in test for text in captions[name][:2]]
+    tested = splits["test"]
+    kept = {name: [tested.captions[j] for j in tested.captions_of(image)] for image, name in enumerate(tested.names)}
+    assert all(kept[name] == (more[1:] if name in test else captions[name]) for name in kept)

@@ -192,6 +192,21 @@ def test_every_split_of_the_same_images_uses_one_cache(image_files, tmp_path):
     assert build_image_cache([image_files[1], more], 20, folder, 0, False).path != complete.path
 
 
+def test_a_cache_that_another_process_has_just_written_stays(image_files, tmp_path, monkeypatch):
+    """Both processes found none and decode the same images; the first to finish opens its cache at once."""
+    write, paths = image_cache.write_pixels, []
+
+    def other_process_first(*args):
+        monkeypatch.setattr(image_cache, "write_pixels", write)
+        paths.append(build_image_cache(image_files, 16, tmp_path / "cache", 0, False).path)
+        monkeypatch.setattr(np, "save", lambda *args: paths.append(paths[0].exists()))  # the digests, after the pixels
+        return write(*args)
+
+    monkeypatch.setattr(image_cache, "write_pixels", other_process_first)
+    build_image_cache(image_files, 16, tmp_path / "cache", 0, False)
+    assert paths[1:] == [True]
+
+
 def test_unreadable_images_leave_no_cache(image_files, tmp_path):
     for file in image_files[1:4]:
         file.write_bytes(b"not an image")
