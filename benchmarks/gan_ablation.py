@@ -25,12 +25,11 @@ fewer images there are more epochs: their number is divided by the share):
     joint         as pairs, with a GAN that keeps training along with CLIP
 
 With combinations held out, pairs, shuffled, nearest and joint use captions with these combinations as well as training
-captions; on photographs, only captions of the images left out, of which two per image are the test captions and the
-others are used. The data set, the
-CLIP of stage 1 and its GAN are created once (or given, `--gan_run`) and shared by all seeds: the intervals are for this
-data set and this GAN. Choose settings with another `--data_seed`, which gives other images and holds out other
-combinations (not on photographs). Fewer than five seeds are inconclusive. Finished runs are kept in `--folder`; a
-stopped benchmark continues there. Other flags are those of main.py (default: --preset demo).
+captions; on photographs, only captions of the images left out, all but two of each, which are the test captions. The
+data set, the CLIP of stage 1 and its GAN are created once (or given, `--gan_run`) and shared by all seeds: the
+intervals are for this data set and this GAN. Choose settings with another `--data_seed`, which gives other images and
+holds out other combinations (not on photographs). Fewer than five seeds are inconclusive. Finished runs are kept in
+`--folder`; a stopped benchmark continues there. Other flags are those of main.py (default: --preset demo).
 """
 
 import argparse
