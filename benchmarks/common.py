@@ -24,9 +24,9 @@ from types import SimpleNamespace
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from config import build_config  # noqa: E402
+from config import Config, InputError, build_config  # noqa: E402
 from utils.cli import StopRequest  # noqa: E402
-from utils.files import write_json  # noqa: E402
+from utils.files import read_json, write_json  # noqa: E402
 from utils.flags import parse_flags  # noqa: E402
 
 PACKAGES = ("torch", "torchvision", "timm", "transformers", "numpy", "pillow", "albumentations")
@@ -284,6 +284,22 @@ def report(name, rows, details=None, folder=None, **more):
     path = Path(folder or ROOT / "benchmarks" / "results") / f"{name}.json"
     write_json(path, content)
     print(f"written to {path}")
+
+
+def check_folder(folder, config, **more):
+    """Raise InputError if the folder contains runs with other settings, which would be mixed with those of today.
+
+    more: settings besides those of the `Config`.
+    """
+    path, settings = Path(folder) / "settings.json", {**vars(config), "run": "", "device": "", "num_workers": 0, **more}
+    if path.exists():
+        before = {**vars(Config()), **read_json(path)}  # earlier versions had fewer settings
+        for name, value in settings.items():
+            if before.get(name) != value:
+                raise InputError(
+                    f"{name} is {value}, but {folder} contains runs with {before.get(name)}: pass another --folder"
+                )
+    write_json(path, settings)
 
 
 def holm(values):

@@ -49,7 +49,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
 from combinations import NUM_QUERIES, choose_combinations, leave_out_combinations  # noqa: E402
-from common import holm, print_table, report  # noqa: E402
+from common import check_folder, holm, print_table, report  # noqa: E402
 from control_arms import CONTROLS  # noqa: E402
 from scipy import stats  # noqa: E402
 from zero_shot_shapes import labels_of, share_named  # noqa: E402
@@ -57,7 +57,7 @@ from zero_shot_shapes import labels_of, share_named  # noqa: E402
 import gan  # noqa: E402
 import main as clip_training  # noqa: E402
 from clip import load_model  # noqa: E402
-from config import Config, InputError, build_config  # noqa: E402
+from config import InputError, build_config  # noqa: E402
 from dataset import load_splits, subset_pairs  # noqa: E402
 from extras.augment_captions import TrigramProposals, augment_captions, filter_variants, write_variants  # noqa: E402
 from extras.search_index import default_split  # noqa: E402
@@ -420,19 +420,6 @@ def ensembles(config, folder, seeds, arm="pairs"):
 
 
 # ---- the command ------------------------------------------------------------------------------------------------
-
-
-def check_folder(folder, config):
-    """Raise InputError if the folder contains runs with other settings, which would be mixed with those of today."""
-    path, settings = folder / "settings.json", {**vars(config), "run": "", "device": "", "num_workers": 0}
-    if path.exists():
-        before = {**vars(Config()), **read_json(path)}  # earlier versions had fewer settings
-        for name, value in settings.items():
-            if before.get(name) != value:
-                raise InputError(
-                    f"{name} is {value}, but {folder} contains runs with {before.get(name)}: pass another --folder"
-                )
-    write_json(path, settings)
 
 
 def parse_arguments(argv=None):

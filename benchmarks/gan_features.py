@@ -33,6 +33,7 @@ Finished seeds are kept in `--folder`, and a stopped benchmark continues there.
 """
 
 import argparse
+import hashlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from combinations import NUM_QUERIES, choose_combinations, leave_out_combinations  # noqa: E402
-from common import ROOT, holm, print_table, report  # noqa: E402
+from common import ROOT, check_folder, holm, print_table, report  # noqa: E402
 from gan_evaluate import caption_ranks, kernel_distance, nearest_distance  # noqa: E402
 from scipy import stats  # noqa: E402
 from stacked import Draws, Standardised, train_feature_gan, train_heads, train_regression  # noqa: E402
@@ -450,6 +451,11 @@ def main(argv=None):
         Path(options.write_split).write_text("".join(names), encoding="utf-8")
         return
     Path(options.folder).mkdir(parents=True, exist_ok=True)
+    used = {name: getattr(options, name) for name in ("share", "held_out", "gan_run", "ratio", "weight")}
+    if options.gan_run:  # of which images.pt has features
+        generator = gan.gan_run_folder(options.gan_run) / "gan" / "generator.safetensors"
+        used["generator"] = hashlib.sha256(generator.read_bytes()).hexdigest() if generator.exists() else ""
+    check_folder(options.folder, config, **used)
     model, train, validation = load(config)
     results = {}
     seeds = range(options.first_seed, options.first_seed + options.seeds)

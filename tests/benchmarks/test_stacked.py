@@ -199,6 +199,9 @@ def test_image_arms_use_the_images_of_the_gan_run(frozen_config, tmp_path, fast)
     argv += ["--arms", "real", "images", "shuffled_images", "blurred"]
     gan_features.main([*argv, *flags(replace(config, captions_path=str(whole)))])
     assert list(read_json("out/102.json")) == ["real", "images", "shuffled_images", "blurred"]
+    with pytest.raises(InputError, match="ratio is 1.0, but out contains runs with 2.0: pass another --folder"):
+        gan_features.main([*argv, "--ratio", "1", *flags(replace(config, captions_path=str(whole)))])
+    gan_features.main([*argv, *flags(replace(config, captions_path=str(whole)))])
     names = load_splits(replace(config, captions_path=str(part)))["train"].names
     model, train, _ = gan_features.load(replace(config, captions_path=str(whole), run="out"))
     data = gan_features.choose_data(train, options("--share", "0.5", "--gan_run", "run"), [1, 2], model.device)
