@@ -199,8 +199,8 @@ def leave_out_photographs(config, folder, held_out):
     write_json(folder / "held_out.json", {"combinations": combinations, "test_images": absent.names})
     used = {name for names in split_files.values() for name in names}
     from_last = frame.groupby("image").cumcount(ascending=False)
-    used = frame["image"].isin(used) & (~frame["image"].isin(absent.names) | (from_last < NUM_QUERIES))
-    write_data(folder, list(frame[used].itertuples(index=False)), split_files)
+    kept = frame["image"].isin(used) & (~frame["image"].isin(absent.names) | (from_last < NUM_QUERIES))
+    write_data(folder, list(frame[kept].itertuples(index=False)), split_files)
 
 
 def write_scenes(path, scenes, exclude):
