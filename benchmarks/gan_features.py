@@ -58,7 +58,7 @@ from config import PRESETS, InputError, build_config  # noqa: E402
 from dataset import load_splits, subset_pairs  # noqa: E402
 from utils.captions import text_ids  # noqa: E402
 from utils.cli import exit_on_input_error, progress_bar  # noqa: E402
-from utils.device import setup_device  # noqa: E402
+from utils.device import full_float32, setup_device  # noqa: E402
 from utils.embed import embed_captions, encode_dataset, fast_image_encoder, image_batch_size, precompute_features  # noqa: E402
 from utils.files import read_json, write_json  # noqa: E402
 from utils.flags import parse_flags  # noqa: E402
@@ -111,6 +111,8 @@ def load(config):
     """The CLIP, and the training and validation pairs with features."""
     splits = clip_training.load_data(config)
     device, amp_dtype = setup_device(config.device, config.precision)
+    if amp_dtype == torch.bfloat16 and device.type == "cpu":
+        torch.set_float32_matmul_precision("medium")  # the heads and the feature GAN in bf16, too
     model = clip_training.build_model(config, splits["train"].captions, device)
     open_images(splits, config)
     precompute_features(model, splits, amp_dtype, config)
@@ -237,6 +239,7 @@ class Arms:
 
 
 @torch.no_grad()
+@full_float32()
 def evaluate(models, seed, arm, data, validation):
     """Recalls on the validation images; with combinations left out, those of the captions that name one.
 

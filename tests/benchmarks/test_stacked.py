@@ -80,12 +80,24 @@ def test_stacked_heads_equal_those_of_the_training_loop(frozen_config):
         assert found["t", ""][number, 0].item() == pytest.approx(model.logit_scale.item(), abs=1e-5)
 
 
-def test_stacked_networks_equal_single_ones():
-    texts = torch.randn(2, 50, 16)
-    network = stacked.Stacked(lambda: stacked.FeatureGenerator(16, 4), texts, [1, 2], torch.device("cpu"))
-    noise = torch.randn(2, 3, stacked.NOISE_DIM)
+@pytest.mark.parametrize("p", [0.0, 0.2, 0.5])
+def test_dropout_drops_a_share_and_keeps_the_mean(p):
+    x = torch.ones(300, 1001)
+    torch.manual_seed(0)
+    found = stacked.dropout(x, p)
+    assert (found == 0).double().mean().item() == pytest.approx(p, abs=5 * (p * (1 - p) / x.numel()) ** 0.5)
+    assert found.max().item() == pytest.approx(1 / (1 - p))
+    torch.manual_seed(0)
+    assert found.equal(stacked.dropout(x, p)) and (p == 0 or not found.equal(stacked.dropout(x, p)))
+
+
+@pytest.mark.parametrize("seeds", [[1], [1, 2]])
+def test_stacked_networks_equal_single_ones(seeds):
+    texts = torch.randn(len(seeds), 50, 16)
+    network = stacked.Stacked(lambda: stacked.FeatureGenerator(16, 4), texts, seeds, torch.device("cpu"))
+    noise = torch.randn(len(seeds), 3, stacked.NOISE_DIM)
     found = network(texts[:, :3], noise)
-    for number, seed in enumerate((1, 2)):
+    for number, seed in enumerate(seeds):
         torch.manual_seed(seed)
         single = stacked.FeatureGenerator(16, 4)
         single.caption.fit(texts[number])
