@@ -22,6 +22,7 @@ arms of a seed start from the same weights and see the same real batches for the
     noise         also real features with Gaussian noise that has the spread of the features of a caption
     mixup         also interpolations of two real pairs, features and captions; no negatives of the closer pair
     duplicates    also more real pairs
+    captions      also real images with variants of their captions (extras.augment_captions, not filtered by a CLIP)
     images        also features of images from the image GAN of `--gan_run`, encoded by the frozen encoder
     shuffled_images  the same, each with the caption of another image
     blurred       also features of real images downsampled to the resolution of that GAN
@@ -56,10 +57,18 @@ import main as clip_training  # noqa: E402
 from clip import retrieval_metrics  # noqa: E402
 from config import PRESETS, InputError, build_config  # noqa: E402
 from dataset import load_splits, subset_pairs  # noqa: E402
+from extras.augment_captions import TrigramProposals, augment_captions  # noqa: E402
 from utils.captions import text_ids  # noqa: E402
 from utils.cli import exit_on_input_error, progress_bar  # noqa: E402
 from utils.device import full_float32, setup_device  # noqa: E402
-from utils.embed import embed_captions, encode_dataset, fast_image_encoder, image_batch_size, precompute_features  # noqa: E402
+from utils.embed import (  # noqa: E402
+    cached_features,
+    embed_captions,
+    encode_dataset,
+    fast_image_encoder,
+    image_batch_size,
+    precompute_features,
+)
 from utils.files import read_json, write_json  # noqa: E402
 from utils.flags import parse_flags  # noqa: E402
 from utils.gan_layers import NOISE_DIM  # noqa: E402
@@ -67,10 +76,10 @@ from utils.image_cache import EvaluationImages, open_images  # noqa: E402
 
 # fmt: off
 ARMS = (
-    "real", "two_models", "gan", "shuffled", "regression", "nearest", "noise", "mixup", "duplicates", "images",
-    "shuffled_images", "blurred", "left_out",
+    "real", "two_models", "gan", "shuffled", "regression", "nearest", "noise", "mixup", "duplicates", "captions",
+    "images", "shuffled_images", "blurred", "left_out",
 )
-CONTROLS = ("real", "noise", "mixup", "duplicates", "nearest", "blurred")
+CONTROLS = ("real", "noise", "mixup", "duplicates", "captions", "nearest", "blurred")
 # fmt: on
 CLAIMS = {
     "gan": (*CONTROLS, "regression", "shuffled"),
@@ -206,7 +215,13 @@ class Arms:
                 continue
             captions = {"shuffled": other, "shuffled_images": other}.get(arm, pool)
             captions = real if arm in ("noise", "duplicates", "blurred") else captions
-            features = made["gan"] if arm in ("gan", "shuffled") else self.features(arm, pool, real, draws)
+            captions = draws.choose(self.made.variants, count) if arm == "captions" else captions
+            if arm in ("gan", "shuffled"):
+                features = made["gan"]
+            elif arm in ("captions", "left_out"):
+                features = data.images[data.image_index[captions]]
+            else:
+                features = self.features(arm, pool, real, draws)
             sources = self.nearest.gather(1, pool) if arm == "nearest" else captions
             parts.append((features, data.texts[captions], data.image_index[sources], data.text_ids[captions]))
         return [torch.stack(each, 1) for each in zip(*parts, strict=True)]
@@ -220,8 +235,6 @@ class Arms:
             return data.images[data.image_index[self.nearest.gather(1, pool)]]
         if arm in ("images", "shuffled_images"):
             return self.made.generated[pool]
-        if arm == "left_out":
-            return data.images[data.image_index[pool]]
         if arm == "blurred":
             return self.made.blurred[data.image_index[real]]
         features = data.images[data.image_index[real]]
@@ -272,6 +285,27 @@ def evaluate(models, seed, arm, data, validation):
 
 
 # ---- the experiment ---------------------------------------------------------------------------------------------
+
+
+def add_variants(model, data, validation, config):
+    """(S, V) indices of variants of each seed's captions, which are appended to the captions of `data`."""
+    tables, images, variants = [], [], []
+    for pairs, own in zip(data.pairs, data.real_images.tolist(), strict=True):
+        rows = augment_captions(pairs, TrigramProposals(pairs.captions), "same", known=validation.captions)
+        if not rows:
+            raise InputError("the training captions have no variants: use a larger --share, or drop the arm captions")
+        tables.append(len(data.texts) + len(variants) + torch.arange(len(rows)))
+        images += [own[image] for image, _, _ in rows]
+        variants += [variant for _, _, variant in rows]
+    device, amp_dtype = setup_device(config.device, config.precision)
+    features = cached_features(
+        model, SimpleNamespace(captions=variants), "text", amp_dtype, config, "encoding variants"
+    )
+    data.texts = torch.cat([data.texts, features])
+    data.image_index = torch.cat([data.image_index, torch.tensor(images, device=device)])
+    data.text_ids = torch.cat([data.text_ids, torch.from_numpy(text_ids(variants)).to(device)])
+    longest = torch.arange(max(map(len, tables)))
+    return torch.stack([table[longest % len(table)] for table in tables]).to(device)
 
 
 def image_gan_features(model, pairs, options, config, data):
@@ -356,6 +390,8 @@ def run_seeds(model, train, validation, options, config, seeds):
         made.generator = train_feature_gan(data, seeds)
     if {"regression", "noise"} & set(missing):
         made.regression = train_regression(data, seeds)
+    if "captions" in missing:
+        made.variants = add_variants(model, data, validation, config)
     if options.gan_run:
         made.generated, made.blurred = image_gan_features(model, train, options, config, data)
         made.generated, made.blurred = made.generated.to(model.device), made.blurred.to(model.device)

@@ -150,6 +150,22 @@ def test_images_of_a_seed_are_its_own(frozen_config):
     assert data.image_index[data.real_captions[0]].unique().tolist() == data.real_images[0].tolist()
 
 
+def test_variants_belong_to_images_of_their_seed(frozen_config):
+    model, train, validation = gan_features.load(config := frozen_config())
+    data = gan_features.choose_data(train, options("--share", "0.5"), [1, 2], model.device)
+    num_captions, last = len(train.captions), data.texts[-1]
+    made = SimpleNamespace(variants=gan_features.add_variants(model, data, validation, config))
+    assert data.texts[num_captions - 1].equal(last) and len(data.texts) == len(data.image_index) == len(data.text_ids)
+    assert not set(data.text_ids[num_captions:].tolist()) & set(data.text_ids[:num_captions].tolist())
+    features, texts, ids, found = gan_features.Arms(["captions"], data, made, 1.0, [1, 2])(0, 16)
+    for seed, table in enumerate(made.variants):
+        assert (table >= num_captions).all()
+        assert set(ids[seed, 0].tolist()) <= set(data.real_images[seed].tolist())
+        assert features[seed, 0].equal(data.images[ids[seed, 0]])
+        chosen = [(data.text_ids == each).nonzero()[0, 0].item() for each in found[seed, 0]]
+        assert texts[seed, 0].equal(data.texts[chosen])
+
+
 def test_images_with_different_numbers_of_captions_are_refused(frozen_config):
     _, train, _ = gan_features.load(frozen_config())
     train.caption_offsets = np.concatenate([train.caption_offsets[:1], [2], train.caption_offsets[2:]])
